@@ -1,0 +1,221 @@
+"""Checks this installation: versions that fit together, the media library, devices, memory, and known traps.
+
+Nothing is changed. The exit code is 1 if something would keep avlm from working or makes it unsafe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from avlm_jax import __version__
+
+EPILOG = """examples:
+  avlm doctor
+  avlm doctor --json > doctor.json      to attach to a report of a problem
+"""
+
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "av",
+    "numpy",
+    "transformers",
+    "safetensors",
+    "ml-collections",
+)
+
+OLDEST_PYTHON = (3, 11)
+OLDEST_FFMPEG = (8, 1, 2)  # Older ones write out of bounds on crafted files: CVE-2026-8461, CVE-2026-40962.
+OLDEST_TORCH = (2, 10)  # Older ones: CVE-2026-24747, heap corruption by a weights file despite weights_only.
+# flax up to 0.12.8 uses hijax.MutableHiType, which JAX 0.11.1 removed; flax 0.12.12 requires that JAX.
+LAST_OLD_FLAX, FIRST_NEW_JAX = (0, 12, 8), (0, 11, 1)
+LITTLE_MEMORY = 4 * 2**30  # bytes. Loading, compiling and training side by side are tight below.
+
+OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One line of the report. `remedy` says what to do about it and is empty when all is well."""
+
+    name: str
+    value: str
+    status: str = OK
+    remedy: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+
+
+def run(args: argparse.Namespace) -> int:
+    checks = [*check_system(), *check_packages(installed_versions()), *check_media(), *check_devices()]
+    problems = [check for check in checks if check.status == PROBLEM]
+    if args.json:
+        report = {
+            "ok": not problems,
+            "avlm_jax": __version__,
+            "checks": [dataclasses.asdict(check) for check in checks],
+        }
+        print(json.dumps(report, indent=2))
+        return 1 if problems else 0
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        print(f"{check.status:<7}  {check.name:<{width}}  {check.value}")
+        if check.remedy:
+            print(f"{'':<7}  {'':<{width}}  -> {check.remedy}")
+    print(f"\n{len(problems)} problem(s) found." if problems else "\nAll is well.")
+    return 1 if problems else 0
+
+
+def check_system() -> Iterator[Check]:
+    """The interpreter and the machine."""
+    yield Check("avlm_jax", f"{__version__} in {Path(__file__).parent}")
+    python = f"{platform.python_version()} in {sys.prefix}"
+    if sys.version_info >= OLDEST_PYTHON:
+        yield Check("python", python)
+    else:
+        yield Check("python", python, PROBLEM, "Python 3.11 or newer is needed")
+    yield Check("platform", f"{platform.system()} {platform.machine()}")
+    yield Check("cpu cores", str(usable_cores()))
+    memory = memory_bytes()
+    if memory is not None:
+        scarce = memory < LITTLE_MEMORY
+        remedy = "4 GiB are advisable even for the demo" if scarce else ""
+        yield Check("memory", f"{memory / 2**30:.1f} GiB", NOTE if scarce else OK, remedy)
+
+
+def check_packages(versions: dict[str, str | None]) -> Iterator[Check]:
+    """The packages of `versions` (None: not installed): do they fit together, is one unsafe or unneeded."""
+    for name in PACKAGES:
+        version = versions.get(name)
+        if version is None:
+            yield Check(name, "not installed", PROBLEM, "run `make install`, or `pip install -e .`")
+        else:
+            yield Check(name, version)
+    jax, jaxlib, flax = (versions.get(name) for name in ("jax", "jaxlib", "flax"))
+    if jax and jaxlib and numbers(jax)[:3] != numbers(jaxlib)[:3]:
+        yield Check("jax pair", f"jax {jax} with jaxlib {jaxlib}", PROBLEM, f"pip install jaxlib=={jax}")
+    if jax and flax and (numbers(flax) <= LAST_OLD_FLAX) != (numbers(jax) < FIRST_NEW_JAX):
+        yield Check(
+            "flax pair",
+            f"flax {flax} with jax {jax}",
+            PROBLEM,
+            "flax 0.12.8 goes with jax 0.10.2 (Python 3.11), flax 0.12.12 with jax from 0.11.1 (Python 3.12)",
+        )
+    torch = versions.get("torch")
+    if torch and numbers(torch) < OLDEST_TORCH:
+        yield Check(
+            "torch", torch, PROBLEM, "older than 2.10: a crafted weights file can take it over; upgrade it"
+        )
+    elif torch:
+        yield Check("torch", f"{torch} (only parity tests and exported models use it)")
+    if versions.get("tensorflow"):
+        yield Check("tensorflow", f"{versions['tensorflow']} (not used)")
+    if versions.get("tensorflow-io"):
+        remedy = "no tensorflow-io works beside this JAX; keep it in an environment of its own"
+        yield Check("tensorflow-io", str(versions["tensorflow-io"]), NOTE, remedy)
+
+
+def check_media() -> Iterator[Check]:
+    """PyAV and the FFmpeg inside it."""
+    try:
+        import av
+        from av.codec import Codec
+    except ImportError as error:
+        yield Check("ffmpeg", f"PyAV cannot be imported: {error}", PROBLEM, 'pip install "av>=18.1"')
+        return
+    ffmpeg = str(av.ffmpeg_version_info)
+    if numbers(ffmpeg) < OLDEST_FFMPEG:
+        yield Check(
+            "ffmpeg", f"{ffmpeg} inside PyAV", PROBLEM, 'older than 8.1.2 and unsafe: pip install "av>=18.1"'
+        )
+    else:
+        yield Check("ffmpeg", f"{ffmpeg} inside PyAV")
+    missing = []
+    for codec, mode in (("h264", "r"), ("aac", "r"), ("libx264", "w"), ("aac", "w")):
+        try:
+            Codec(codec, mode)
+        except av.codec.codec.UnknownCodecError:
+            missing.append(f"{codec} ({'decoder' if mode == 'r' else 'encoder'})")
+    if missing:
+        remedy = (
+            "PyAV was built against another FFmpeg; take its wheel: pip install --only-binary av --force av"
+        )
+        yield Check("codecs", "missing: " + ", ".join(missing), PROBLEM, remedy)
+    else:
+        yield Check("codecs", "H.264 and AAC, reading and writing")
+
+
+def check_devices() -> Iterator[Check]:
+    """What JAX computes on, and accelerators it does not see."""
+    try:
+        import jax
+
+        devices = jax.devices()
+    except Exception as error:  # Plugins raise what they like; the report must come out all the same.
+        yield Check(
+            "devices",
+            f"JAX finds none: {error}",
+            PROBLEM,
+            "JAX_PLATFORMS=cpu makes do without an accelerator",
+        )
+        return
+    kinds: dict[str, int] = {}
+    for device in devices:
+        kinds[device.device_kind] = kinds.get(device.device_kind, 0) + 1
+    listed = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    backend = jax.default_backend()
+    unused = None
+    if backend == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        if Path("/dev/nvidia0").exists():
+            unused = 'an NVIDIA GPU is here but not used: pip install "avlm_jax[gpu]"'
+        elif Path("/dev/accel0").exists():
+            unused = 'a TPU is here but not used: pip install "avlm_jax[tpu]"'
+    yield Check("devices", f"{backend}: {listed}", NOTE if unused else OK, unused or "")
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Versions of the packages the report speaks of, from their metadata; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for name in (*PACKAGES, "torch", "tensorflow", "tensorflow-io"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version: (0, 12, 0, 1) of "0.12.0.1", (8, 1, 2) of "n8.1.2-3-gabc"."""
+    match = re.match(r"\D*(\d+(?:\.\d+)*)", version)
+    return tuple(int(part) for part in match[1].split(".")) if match else ()
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory, or None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,272 @@
+"""Greedy generation with a key-value cache: one compiled prefill, one compiled loop over new tokens.
+
+Prompts of a batch are right-padded to one length; each row goes on from its own last position, and a row that is done
+waits for the others without being changed by them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoint import METADATA_FILE, CheckpointError, load_tree
+from avlm_jax.config import ConfigError, apply_overrides, config_from_json, config_to_json, load_config
+from avlm_jax.llm.decoder import KVCache
+from avlm_jax.models.api import System
+from avlm_jax.sharding import make_mesh, put_batch, replicated, shard_params
+from avlm_jax.state import Tree, cast_frozen, flatten, unflatten
+from input_pipeline.errors import UserError
+
+# Qwen2 ends a turn with the first and a text with the second (Qwen2-7B-Instruct, generation_config.json: eos_token_id).
+STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+# Longest answer of the published recipes' multiple-choice runs is 16 (lmms-eval); an answer in words needs a few more.
+DEFAULT_NEW_TOKENS = 32
+
+
+class GenerationError(UserError):
+    """The model gave numbers that are none; its parameters are damaged or its precision is too low."""
+
+    exit_code = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What a batch was answered, on the host.
+
+    Attributes:
+        tokens: i32 [b m], new tokens; behind a row's end stands its stop token or padding.
+        lengths: i32 [b], tokens ahead of the stop token.
+        stopped: bool [b]; False: cut off after m tokens.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    stopped: np.ndarray
+
+
+class Generator:
+    """Answers batches of prompts, always with the likeliest next token.
+
+    Args:
+        assembly: tokenizer and system.
+        params: all parameters; put on the mesh of the configuration.
+        max_new_tokens: m, after which an answer is cut off.
+        stop_ids: tokens that end an answer; default: those of STOP_TOKENS that the tokenizer has.
+
+    Raises:
+        UserError: max_new_tokens is below 1, or the tokenizer has no stop token.
+    """
+
+    def __init__(
+        self,
+        assembly: Assembly,
+        params: Mapping[str, Any],
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        stop_ids: Sequence[int] | None = None,
+    ):
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
+        self.assembly = assembly
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = tuple(find_stop_ids(assembly.tokenizer) if stop_ids is None else stop_ids)
+        self._mesh = make_mesh(**assembly.config.mesh)
+        self._params = shard_params(params, self._mesh)
+        self._programs = _compile(assembly.system, max_new_tokens, self.stop_ids)
+
+    def __call__(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> Generation:
+        """Answers the prompts of a batch (`Batch` of spec.py, made with `Assembly.builder(prompt=True)`).
+
+        Rows without a token (padding rows of `iter_eval`) get no answer: length 0.
+
+        Args:
+            batch: numpy arrays; every new shape is compiled anew.
+            names: of the rows, for errors.
+
+        Raises:
+            GenerationError: a row's logits are not finite. They would be read as token 0, an answer of "!!!!".
+        """
+        prefill, decode = self._programs
+        placed = self._place(batch)
+        logits, cache, seen = prefill(self._params, placed)
+        tokens, lengths, stopped, broken = jax.device_get(
+            decode(self._params, logits, cache, seen, placed["positions"], placed["segment_ids"])
+        )
+        if (broken >= 0).any():
+            row = int(np.flatnonzero(broken >= 0)[0])
+            name = f" ({names[row]})" if row < len(names) else ""
+            raise GenerationError(
+                f"row {row}{name}: the logits of new token {int(broken[row])} are not finite, so there is no answer. "
+                "A parameter is NaN or infinite (check the checkpoint), or model.llm.dtype is too narrow; try float32"
+            )
+        return Generation(tokens, lengths, stopped)
+
+    def texts(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> list[str]:
+        """The answers as text, without control tokens; empty for padding rows. Arguments and errors as `__call__`."""
+        found = self(batch, names)
+        tokenizer = self.assembly.tokenizer
+        return [
+            tokenizer.decode(ids[:length].tolist(), skip_special_tokens=True).strip()
+            for ids, length in zip(found.tokens, found.lengths, strict=True)
+        ]
+
+    def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        rows = len(batch["tokens"])
+        if rows % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]) == 0:
+            return put_batch(dict(batch), self._mesh)
+        return jax.device_put(dict(batch), replicated(self._mesh))  # Fewer rows than devices: one question, say.
+
+
+def find_stop_ids(tokenizer: Any) -> list[int]:
+    """Ids of the STOP_TOKENS that a tokenizer has.
+
+    Raises:
+        UserError: it has none.
+    """
+    known = tokenizer.get_added_vocab()
+    found = [known[name] for name in STOP_TOKENS if name in known]
+    if not found:
+        raise UserError(f"the tokenizer has none of {', '.join(STOP_TOKENS)}; an answer would never end")
+    return found
+
+
+Prefill = Callable[[Tree, dict[str, Array]], tuple[Array, KVCache, Array]]
+Decode = Callable[..., tuple[Array, Array, Array, Array]]
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(system: System, max_new_tokens: int, stop_ids: tuple[int, ...]) -> tuple[Prefill, Decode]:
+    """The two programs; generators of one system share them, whatever their parameters."""
+
+    @jax.jit
+    def prefill(params: Tree, batch: dict[str, Array]) -> tuple[Array, KVCache, Array]:
+        # The last new token is never read, so it needs no slot.
+        slots = batch["tokens"].shape[1] + max_new_tokens - 1
+        return system.apply({"params": params}, batch, slots, method="prefill")
+
+    def choose(
+        logits: Float[Array, "b v"], alive: Bool[Array, "b"]
+    ) -> tuple[Int[Array, "b"], Bool[Array, "b"], Bool[Array, "b"]]:
+        """Next tokens, which rows go on behind them, and which rows are broken."""
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        broken = alive & ~jnp.all(jnp.isfinite(logits), axis=-1)
+        token = jnp.where(alive, token, stop_ids[0])
+        return token, alive & ~jnp.isin(token, jnp.asarray(stop_ids)) & ~broken, broken
+
+    @functools.partial(jax.jit, donate_argnums=(2, 3))
+    def decode(
+        params: Tree,
+        logits: Float[Array, "b v"],
+        cache: KVCache,
+        seen: Bool[Array, "b s"],
+        positions: Int[Array, "b l"],
+        segment_ids: Int[Array, "b l"],
+    ) -> tuple[Array, Array, Array, Array]:
+        last = jnp.sum(segment_ids > 0, axis=1) - 1
+        first = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1  # Position of a row's first new token.
+        token, alive, bad = choose(logits, last >= 0)
+        tokens = jnp.full((len(token), max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token)
+        lengths = alive.astype(jnp.int32)
+        broken = jnp.where(bad, 0, -1)
+
+        def unfinished(state: tuple) -> Array:
+            step, alive = state[0], state[2]
+            return (step < max_new_tokens) & jnp.any(alive)
+
+        def extend(state: tuple) -> tuple:
+            step, token, alive, tokens, lengths, broken, cache, seen = state
+            logits, cache, seen = system.apply(
+                {"params": params}, token, first + step - 1, cache, seen, method="extend"
+            )
+            token, alive, bad = choose(logits, alive)
+            tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
+            return (
+                step + 1,
+                token,
+                alive,
+                tokens,
+                lengths + alive,
+                jnp.where(bad, step, broken),
+                cache,
+                seen,
+            )
+
+        start = (jnp.ones((), jnp.int32), token, alive, tokens, lengths, broken, cache, seen)
+        state = jax.lax.while_loop(unfinished, extend, start)
+        _, _, alive, tokens, lengths, broken, _, _ = state
+        return tokens, lengths, ~alive, broken
+
+    return prefill, decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A published checkpoint, ready to run.
+
+    Attributes:
+        assembly, params: what `Generator` takes.
+        metadata: of the checkpoint: stage, hash, parent, versions.
+        name: system, stage and the first digits of the hash; stands in predictions.
+    """
+
+    assembly: Assembly
+    params: Tree
+    metadata: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.assembly.config.system}/{self.metadata.get('stage', '?')}/{self.metadata['hash'][:12]}"
+
+
+def load_model(
+    checkpoint: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+) -> Model:
+    """Loads what a stage published.
+
+    Args:
+        checkpoint: its folder, <workdir>/<stage>/final.
+        config: path[:arguments]; default: the configuration stored with the checkpoint.
+        overrides: `--config.a.b=value` strings on top of either.
+
+    Raises:
+        UserError: no checkpoint is there, it is damaged, or it does not fit the configuration.
+    """
+    folder = Path(checkpoint)
+    if not (folder / METADATA_FILE).is_file():
+        raise UserError(
+            f"{folder} is no checkpoint of a finished stage (it has no {METADATA_FILE}); "
+            "run `make demo` for the demo's, or pass --checkpoint WORKDIR/STAGE/final of a training run"
+        )
+    try:
+        learnt, stored, metadata = load_tree(folder)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"{error}; copy the checkpoint again") from error
+    if config is None:
+        resolved = apply_overrides(config_from_json(config_to_json(stored)), overrides)
+    else:
+        resolved = load_config(config, overrides)
+    assembly = assemble(resolved)
+    try:
+        params, _ = assembly.parameters(learnt)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{folder} does not fit {config or 'its configuration'}: {error}") from error
+    return Model(assembly, as_trained(params, learnt, resolved.frozen_dtype), metadata)
+
+
+def as_trained(params: Mapping[str, Any], learnt: Mapping[str, Any], frozen_dtype: str) -> Tree:
+    """Parameters in the types they had in training: what was learnt in fp32, the rest in `frozen_dtype`."""
+    trained = flatten(learnt)
+    flat = flatten(params)
+    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
+    cast = flatten(cast_frozen(unflatten(frozen), frozen_dtype))
+    return unflatten({path: cast.get(path, leaf) for path, leaf in flat.items()})

@@ -1,0 +1,290 @@
+"""`avlm train`: the loop. One for every system and every stage; read it from top to bottom.
+
+    <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step
+    <workdir>/<stage>/checkpoints/    resumable state: trainable tree, optimizer, data position
+    <workdir>/<stage>/final/          what the stage publishes: all that training has learnt so far, config, lineage
+
+The same command continues a run that was stopped: finished stages are recognised by their `final`, an unfinished one goes on
+from its newest checkpoint and ends as it would have ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from avlm_jax import __version__
+from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoint import Checkpointer, load_tree, save_tree
+from avlm_jax.config import (
+    ConfigError,
+    add_config_arguments,
+    config_from_args,
+    config_to_json,
+    enable_compilation_cache,
+    to_dataclass,
+)
+from avlm_jax.models.api import System
+from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
+from avlm_jax.sharding import make_mesh, param_shardings, put_batch, shard_params, state_shardings
+from avlm_jax.state import TrainState, Tree, cast_frozen, describe, flatten, format_sizes, merge, split, unflatten
+from avlm_jax.writer import Console, MetricsWriter
+from input_pipeline.errors import UserError
+from input_pipeline.loader import Loader
+from input_pipeline.mixture import SourceConfig
+
+Step = Callable[[TrainState, Tree, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]
+
+
+class TrainingError(UserError):
+    """Training cannot go on (a non-finite loss); what was saved before is sound."""
+
+    exit_code = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stage of a recipe.
+
+    Attributes:
+        trainable: regexes, each matching whole parameter paths.
+        sources: what it trains on.
+        batch_size: samples per step over all devices.
+        epochs: passes over the sources; used when steps is 0.
+        steps: optimizer steps, or 0.
+        parent: the stage whose result it begins from; empty for the first.
+        optim: learning rate and the rest of AdamW.
+    """
+
+    trainable: tuple[str, ...]
+    sources: tuple[SourceConfig, ...]
+    batch_size: int
+    epochs: float = 1.0
+    steps: int = 0
+    parent: str = ""
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
+    """Runs config.stages in order, skipping finished ones.
+
+    Returns:
+        The published folder of each stage.
+
+    Raises:
+        ConfigError: a stage of another configuration lies in `workdir`, or a stage's parent is not finished.
+        TrainingError: the loss is not finite.
+    """
+    workdir = Path(workdir)
+    assembly = assemble(config)
+    finals = {}
+    for name in config.stages:
+        finals[name] = workdir / name / "final"
+        if finals[name].exists():
+            check_same_run(config, finals[name])
+            print(f"stage {name}: finished before, {finals[name]}", flush=True)
+        else:
+            run_stage(assembly, name, workdir)
+    return finals
+
+
+def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
+    """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
+    config = assembly.config
+    stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
+    parent_hash, learnt = load_parent(stage, workdir)
+    params, _ = assembly.parameters(learnt)
+    trainable, frozen = split(params, stage.trainable)
+    del params
+    print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
+
+    mesh = make_mesh(**config.mesh)
+    optimizer = make_optimizer(stage.optim)
+    frozen = shard_params(cast_frozen(frozen, config.frozen_dtype), mesh)
+    state = TrainState.create(cast_frozen(trainable, "float32"), optimizer, config.seed)
+    state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
+    step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
+
+    loader = Loader(
+        stage.sources,
+        assembly.builder(),
+        batch_size=stage.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        **config.loader,
+    )
+    total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
+    metadata = {"stage": name, "parent": parent_hash, "versions": versions()}
+    with loader, Checkpointer(workdir / name / "checkpoints") as checkpointer:
+        start = 0
+        if (found := checkpointer.restore_latest(state)) is not None:
+            state, data_state, _ = found
+            loader.restore(data_state)
+            start = int(state.step)
+            print(f"stage {name}: continues at step {start} of {total}", flush=True)
+        with MetricsWriter(workdir / name, resume_step=start or None) as writer:
+            state = loop(config, stage, state, frozen, step_fn, loader, checkpointer, writer, name, start, total, metadata)
+    # What earlier stages learnt and this one left alone belongs to the result as well.
+    published = unflatten(flatten(learnt or {}) | flatten(jax.device_get(state.trainable)))
+    save_tree(workdir / name / "final", published, json.loads(config_to_json(config)), {**metadata, "steps": total})
+
+
+def loop(
+    config: ConfigDict,
+    stage: StageConfig,
+    state: TrainState,
+    frozen: Tree,
+    step_fn: Step,
+    loader: Loader,
+    checkpointer: Checkpointer,
+    writer: MetricsWriter,
+    name: str,
+    start: int,
+    total: int,
+    metadata: Mapping[str, Any],
+) -> TrainState:
+    """Steps `start`..`total`. Metrics are read one step late, so that the host never waits for the device."""
+    mesh = make_mesh(**config.mesh)
+    console = Console(total, start_step=start, label=f"stage {name}")
+    pending: tuple[int, dict[str, Array], np.float32] | None = None
+
+    def report() -> None:
+        nonlocal pending
+        if pending is None:
+            return
+        number, metrics, lr = pending
+        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        pending = None
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+            raise TrainingError(
+                f"stage {name}, step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. The samples of "
+                f"that step: {', '.join(loader.sample_ids(number - 1)[:8])} ...; lower config.stage.{name}.optim.lr or "
+                "remove the sample, then start the same command again"
+            )
+        if number % config.log_every == 0 or number == total:
+            writer.write_scalars(number, {**values, "lr": float(lr)})
+        console.update(number, stage.batch_size, values["loss"])
+
+    for number in range(start + 1, total + 1):
+        batch = put_batch(next(loader), mesh)
+        lr = learning_rate(stage.optim, number - 1, total)
+        state, metrics = step_fn(state, frozen, batch, lr)
+        report()
+        pending = (number, metrics, lr)
+        if number % config.save_every == 0 or number == total:
+            report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
+            checkpointer.save(number, state, loader.state(), metadata)
+    console.close()
+    return state
+
+
+@functools.lru_cache(maxsize=8)
+def make_step(system: System, optim: OptimConfig, chunk: int) -> Step:
+    """One jitted optimizer step; stages with the same trainable parameters share the compiled program.
+
+    Gradients and optimizer state exist for `state.trainable` alone: the frozen tree is an argument that is neither
+    differentiated nor donated.
+    """
+    optimizer = make_optimizer(optim)
+
+    def step(state: TrainState, frozen: Tree, batch: dict[str, Array], lr: Array) -> tuple[TrainState, dict[str, Array]]:
+        def loss_fn(trainable: Tree) -> tuple[Array, tuple[Array, Array]]:
+            params = merge(trainable, frozen)
+            total, count, hits = system.apply(
+                {"params": params}, batch, chunk, method="loss_sums", rngs={"dropout": state.step_key()}
+            )
+            return total / jnp.maximum(count, 1.0), (count, hits)
+
+        (loss, (count, hits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
+        trainable, opt_state = apply_updates(
+            optimizer, gradients, state.opt_state, state.trainable, lr, optim.lr_scale
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": hits / jnp.maximum(count, 1.0),
+            "targets": count,
+            "grad_norm": global_norm(gradients),
+        }
+        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def load_parent(stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | None]:
+    """(hash, tree) of what the parent stage published; (None, None) for a first stage."""
+    if not stage.parent:
+        return None, None
+    folder = workdir / stage.parent / "final"
+    if not folder.exists():
+        raise ConfigError(
+            f"this stage begins from stage {stage.parent}, which has no result in {folder}; "
+            f"run it first with the argument stage={stage.parent}, or all stages by leaving stage out"
+        )
+    tree, _, metadata = load_tree(folder)
+    return metadata["hash"], tree
+
+
+def check_same_run(config: ConfigDict, final: Path) -> None:
+    """Raises ConfigError naming what differs if `final` was made by another configuration than `config`."""
+    _, made_by, _ = load_tree(final)
+    ours, theirs = (flatten_json(c) for c in (json.loads(config_to_json(config)), made_by))
+    # Which stages a command runs and how often it logs do not change what a stage is.
+    free = ("stages", "log_every", "save_every", "loader")
+    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k.split(".")[0] not in free)
+    if keys:
+        told = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
+        raise ConfigError(f"{final} was made by another configuration ({told}); choose another --workdir")
+
+
+def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested JSON values as {"a.b.0": leaf}."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in flatten_json(item, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides configuration and data."""
+    import flax
+    import optax
+
+    found = {"python": platform.python_version(), "avlm_jax": __version__}
+    return found | {m.__name__: m.__version__ for m in (jax, flax, optax, np)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`avlm train`'s arguments."""
+    parser.description = "Train a system's stages in order; the same command continues a run that was stopped."
+    parser.epilog = (
+        "examples:\n"
+        "  avlm train --config configs/savenvideo.py:size=demo --workdir runs/mine\n"
+        "  avlm train --config configs/savenvideo.py:size=7b,stage=1b --workdir gs://bucket/run --config.seed=1\n"
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_config_arguments(parser)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave metrics, checkpoints, results")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the verb; 0 when every stage is finished."""
+    config = config_from_args(args)
+    enable_compilation_cache()
+    begun = time.monotonic()
+    finals = train(config, args.workdir)
+    print(f"{len(finals)} stages in {time.monotonic() - begun:.0f} s; the last one's result: {list(finals.values())[-1]}")
+    return 0

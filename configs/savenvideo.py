@@ -1,0 +1,214 @@
+"""SAVEnVideo's four-stage recipe (SAVEn-Vid paper, sections 4.2 and 5; holes filled as `defaults` below say).
+
+    avlm demo                                                       # size=demo end to end, ten minutes on two CPU cores
+    avlm train --config configs/savenvideo.py:size=7b --workdir W   # all stages in order, resumes where it was
+    avlm train --config configs/savenvideo.py:size=7b,stage=1b --workdir W
+
+Sizes: "demo" runs on a laptop; "7b" expects a TPU slice of at least 128 GB HBM (v5e-8, v6e-4) for stage 2. The paper reaches
+56.21 on Video-MME (without subtitles), 83.14 on Music-AVQA and 66.71 on AVBench.
+"""
+
+from ml_collections import ConfigDict
+
+from avlm_jax.config import parse_arg
+
+ALIGN_VISUAL = ("connector/visual_mlp/.*", "connector/tlp/.*", "connector/resampler/.*")
+ALIGN_AUDIO = (*ALIGN_VISUAL, "connector/audio_mlp/.*")
+FINE_TUNE = (*ALIGN_AUDIO, "llm/.*/lora_[ab]")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, size="demo", stage="")
+    sizes = {"demo": demo, "7b": full}
+    if args.size not in sizes:
+        from avlm_jax.config import ConfigError
+
+        raise ConfigError(f"unknown size {args.size!r}; known: {', '.join(sizes)}")
+    config = sizes[args.size]()
+    if args.stage:
+        if args.stage not in config.stages:
+            from avlm_jax.config import ConfigError
+
+            raise ConfigError(f"unknown stage {args.stage!r}; known: {', '.join(config.stages)}")
+        config.stages = (args.stage,)
+    return config.lock()
+
+
+def source(records: str, *tasks: str, modalities: tuple[str, ...] = ("video", "audio"), weight: float = 1.0) -> ConfigDict:
+    return ConfigDict({"records": records, "tasks": tasks, "modalities": modalities, "weight": weight})
+
+
+def stage(trainable: tuple[str, ...], sources: list[ConfigDict], *, lr: float, batch_size: int, **changes) -> ConfigDict:
+    """One stage. `steps` 0 means: as many as `epochs` passes over the sources take."""
+    return ConfigDict(
+        {
+            "trainable": trainable,
+            "sources": tuple(sources),
+            "batch_size": batch_size,
+            "epochs": 1.0,
+            "steps": 0,
+            "parent": "",
+            "optim": {"lr": lr, "warmup_ratio": 0.03, "weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "clip": 1.0},
+            **changes,
+        }
+    )
+
+
+def full() -> ConfigDict:
+    """The paper's system: SigLIP so400m/14-384, BEATs iter3+, Qwen2-7B; 16 frames, 10.24-s audio windows."""
+    return ConfigDict(
+        {
+            "system": "savenvideo",
+            "seed": 0,
+            "media": {
+                "num_frames": 16,
+                "image_size": 384,
+                "sampler": "midpoint",
+                "window_frames": 1024,
+                "max_windows": 16,
+                "max_intervals": 8,
+            },
+            "model": {
+                "vision": {
+                    "image_size": 384,
+                    "patch_size": 14,
+                    "width": 1152,
+                    "depth": 27,
+                    "mlp_dim": 4304,
+                    "num_heads": 16,
+                    "feature_layer": -2,
+                    "dtype": "bfloat16",
+                },
+                "audio": {
+                    "width": 768,
+                    "depth": 12,
+                    "num_heads": 12,
+                    "mlp_dim": 3072,
+                    "embed_dim": 512,
+                    "mask": "time_patch",
+                    "dtype": "bfloat16",
+                },
+                "time": {"f": "sinusoid", "source": "query"},
+                "avts": {
+                    "resampler": "avts",
+                    "num_queries": 256,
+                    "scope": "global",
+                    "num_layers": 2,
+                    "d_model": 1024,
+                    "num_heads": 16,
+                    "attention": "mha",
+                    "type_embed": True,
+                    "visual_pool": "none",
+                    "freq_pool": "mean",
+                    "dtype": "bfloat16",
+                },
+                "llm": {
+                    "vocab_size": 152_064,
+                    "width": 3584,
+                    "depth": 28,
+                    "num_heads": 28,
+                    "num_kv_heads": 4,
+                    "mlp_dim": 18_944,
+                    "rope_theta": 1e6,
+                    "norm_eps": 1e-6,
+                    "qkv_bias": True,
+                    "tie_embeddings": False,
+                    "dtype": "bfloat16",
+                    "remat": True,
+                    "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
+                },
+            },
+            # Folders in Hugging Face form; see README, "Your own weights".
+            "init": {"vision": "weights/siglip", "audio": "weights/beats", "llm": "weights/qwen2"},
+            "text": {"tokenizer": "weights/qwen2", "max_length": 2048, "template": "chatml", "system": None},
+            "frozen_dtype": "bfloat16",
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "loss_chunk": 256,
+            "log_every": 10,
+            "save_every": 200,
+            "loader": {"threads": 2, "workers": 0},
+            "stages": ("1a", "1b", "2a", "2b"),
+            "stage": {
+                # Batch sizes, rates and epochs are the paper's. Stage 1a sees no sound: its audio branch is not aligned yet.
+                "1a": stage(
+                    ALIGN_VISUAL,
+                    [
+                        source("records/lcs558k", modalities=("video",)),
+                        source("records/panda70m", modalities=("video",)),
+                    ],
+                    lr=2e-3,
+                    batch_size=512,
+                ),
+                "1b": stage(
+                    ALIGN_AUDIO,
+                    [source("records/audioset"), source("records/audiocaps"), source("records/auto_acd")],
+                    lr=2e-3,
+                    batch_size=512,
+                    parent="1a",
+                ),
+                "2a": stage(
+                    FINE_TUNE,
+                    [source("records/videoinstruct"), source("records/internvid"), source("records/vggsound")],
+                    lr=2e-4,
+                    batch_size=1024,
+                    parent="1b",
+                ),
+                "2b": stage(
+                    FINE_TUNE, [source("records/saven_vid")], lr=2e-4, batch_size=1024, epochs=2.0, parent="2a"
+                ),
+            },
+        }
+    )
+
+
+def demo() -> ConfigDict:
+    """The same system at the size of a laptop, on the synthetic stage; its backbones come with the project."""
+    config = full()
+    config.media.update({"image_size": 64, "window_frames": 128})
+    config.model.vision.update(
+        {"image_size": 64, "patch_size": 16, "width": 96, "depth": 4, "mlp_dim": 192, "num_heads": 4, "dtype": "float32"}
+    )
+    config.model.audio.update(
+        {"width": 64, "depth": 3, "num_heads": 4, "mlp_dim": 128, "embed_dim": 64, "dtype": "float32"}
+    )
+    config.model.avts.update(
+        {"num_queries": 64, "scope": "per_frame", "d_model": 128, "num_heads": 4, "dtype": "float32"}
+    )
+    config.model.llm.update(
+        {
+            "vocab_size": 640,
+            "width": 128,
+            "depth": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_dim": 384,
+            "tie_embeddings": True,
+            "dtype": "float32",
+            "remat": False,
+        }
+    )
+    config.model.llm.lora.update({"rank": 16, "alpha": 32.0, "dropout": 0.0})
+    backbones = "avlm_jax/demo_backbones"
+    config.init.update({k: f"{backbones}/{v}" for k, v in (("vision", "siglip"), ("audio", "beats"), ("llm", "qwen2"))})
+    config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 224, "system": ""})
+    config.update({"frozen_dtype": "float32", "log_every": 1, "save_every": 25, "loss_chunk": 64})
+    config.mesh.update({"data": -1, "fsdp": 1})
+    records = "runs/demo/records/train"
+    short = {"batch_size": 16, "epochs": 1.0}
+    config.stage = ConfigDict(
+        {
+            "1a": stage(
+                ALIGN_VISUAL,
+                [source(records, "visual_caption", modalities=("video",))],
+                **short | {"lr": 2e-3, "steps": 120},
+            ),
+            "1b": stage(ALIGN_AUDIO, [source(records, "audio_caption", modalities=("audio",))], **short | {"lr": 2e-3, "steps": 100, "parent": "1a"}),
+            "2a": stage(
+                FINE_TUNE,
+                [source(records, "av_caption"), source(records, "open_qa")],
+                **short | {"lr": 1e-3, "steps": 150, "parent": "1b"},
+            ),
+            "2b": stage(FINE_TUNE, [source(records, "mcq", "mcq_extra")], **short | {"lr": 1e-3, "steps": 150, "parent": "2a"}),
+        }
+    )
+    return config

@@ -1,0 +1,78 @@
+"""What is said about a scene in each stage of the recipe: captions by moment, captions of a range, questions.
+
+Every function returns (question, answer) in plain words. The wordings are this project's own; the form
+"From <start> to <end>, we can see ..., and hear ..." follows the target style in SAVEn-Vid's architecture figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from input_pipeline.synthetic.scene import MOMENTS, Event, Scene, timestamp
+
+NOTHING = "nothing"  # No figure moves.
+SILENCE = "silence"  # No sound is heard.
+VISUAL_REQUEST = "What moves at each moment?"
+AUDIO_REQUEST = "What is heard at each moment?"
+BRIEFLY = "Answer in a few words."
+
+
+def says_visual(event: Event | None) -> str:
+    """ "red circle rises", or "nothing"."""
+    return NOTHING if event is None or event.figure is None else f"{event.figure} {event.motion}"
+
+
+def says_audio(event: Event | None) -> str:
+    """ "bell", or "silence"."""
+    return SILENCE if event is None or event.sound is None else event.sound
+
+
+def visual_by_moment(scene: Scene) -> tuple[str, str]:
+    """Stage 1a, visual alignment: what moves at each of the 16 moments."""
+    return VISUAL_REQUEST, ", ".join(says_visual(scene.seen_at(t)) for t in scene.moment_times(MOMENTS))
+
+
+def audio_by_moment(scene: Scene) -> tuple[str, str]:
+    """Stage 1b, audio alignment: what is heard at each of the 16 moments."""
+    return AUDIO_REQUEST, ", ".join(says_audio(scene.heard_at(t)) for t in scene.moment_times(MOMENTS))
+
+
+def in_order(events: Sequence[Event], says: Callable[[Event | None], str], empty: str) -> str:
+    """What `says` tells of the events in order, without immediate repetitions; `empty` if there is nothing to tell."""
+    told: list[str] = []
+    for event in events:
+        words = says(event)
+        if words != empty and (not told or told[-1] != words):
+            told.append(words)
+    return ", ".join(told) if told else empty
+
+
+def range_request(start: float, end: float) -> str:
+    """The request for an audio-visual caption of a time range."""
+    return f"What happens between {timestamp(start)} and {timestamp(end)}?"
+
+
+def range_caption(events: Sequence[Event], start: float, end: float) -> str:
+    """The audio-visual caption of a time range that holds `events`."""
+    seen = in_order(events, says_visual, NOTHING)
+    heard = in_order(events, says_audio, SILENCE)
+    return f"From {timestamp(start)} to {timestamp(end)}, we can see {seen}, and hear {heard}."
+
+
+def moment_words(scene: Scene, interval: tuple[float, float] | None = None) -> list[str]:
+    """The scene in words, four a moment (colour, shape, motion, sound): what a picture-and-sound prefix stands for.
+
+    Moments outside `interval` (seconds) are told as "nothing nothing nothing silence": the description follows the time
+    range that a question names, as the resampler is meant to.
+    """
+    words: list[str] = []
+    for time in scene.moment_times(MOMENTS):
+        inside = interval is None or interval[0] <= time <= interval[1]
+        seen = scene.seen_at(time) if inside else None
+        heard = scene.heard_at(time) if inside else None
+        if seen is not None and seen.figure is not None:
+            words += [seen.figure.color, seen.figure.shape, str(seen.motion)]
+        else:
+            words += [NOTHING] * 3
+        words.append(says_audio(heard))
+    return words

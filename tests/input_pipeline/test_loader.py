@@ -1,0 +1,262 @@
+"""Batches: the same for any number of threads, workers and processes, and after any interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from input_pipeline.conversation import DoesNotFit, find_media_token_id
+from input_pipeline.errors import UserError
+from input_pipeline.loader import Loader, iter_eval, num_eval_batches
+from input_pipeline.mixture import SourceConfig, open_mixture
+from input_pipeline.records import RecordReader, decode_record
+from input_pipeline.spec import check_batch
+from input_pipeline.transforms.sample import SampleBuilder
+
+LENGTH = 160
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer, spec) -> SampleBuilder:
+    return SampleBuilder(
+        spec=spec,
+        tokenizer=tokenizer,
+        media_token_id=find_media_token_id(tokenizer, 0),
+        num_media_tokens=5,
+        max_length=LENGTH,
+    )
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, make_records) -> list[SourceConfig]:
+    root = tmp_path_factory.mktemp("loader")
+    return [
+        SourceConfig(make_records(root / "a", 5, name="a")),
+        SourceConfig(make_records(root / "b", 3, name="b"), modalities=("audio",)),
+        SourceConfig(make_records(root / "c", 2, name="c", audio=False), weight=0.5),
+    ]
+
+
+def _take(count: int, sources, builder, **kwargs) -> tuple[list[dict], list[list[str]]]:
+    kwargs = {"batch_size": 4, "seed": 7, **kwargs}
+    with Loader(sources, builder, **kwargs) as loader:
+        first = loader.next_batch
+        batches = [next(loader) for _ in range(count)]
+        return batches, [loader.sample_ids(n) for n in range(first, first + count)]
+
+
+def _assert_equal(batches: list[dict], others: list[dict]) -> None:
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+def _answer(builder, tokens, mask) -> str:
+    return builder.tokenizer.decode(tokens[mask])
+
+
+def test_batches_obey_the_glossary_and_hold_the_samples_they_name(sources, builder, spec):
+    batches, ids = _take(8, sources, builder)
+    for batch, names in zip(batches, ids, strict=True):
+        check_batch(batch, spec, 4, LENGTH)
+        for row, name in enumerate(names):
+            source, number, index = name.split("-")
+            answer = _answer(builder, batch["tokens"][row], batch["loss_mask"][row])
+            assert answer == f"sound {number}.{index}<|im_end|>\n"
+            assert batch["frame_mask"][row].all() == (source != "b")  # b is shown by ear alone
+            assert batch["audio_mask"][row].any() == (source != "c")  # c has no sound
+            assert (batch["frames"][row] != 0).any() == (source != "b")
+            expected = (int(number) + 1) / 1024 if source != "c" else 0.0
+            assert batch["audio"][row, 0, 0] == expected
+            assert batch["intervals"][row, 0].tolist() == [1.0, 1.0]
+            assert batch["interval_mask"][row].tolist() == [True, False, False]
+        valid = batch["segment_ids"] == 1
+        assert (batch["tokens"][~valid] == builder.tokenizer.pad_token_id).all()
+        assert not batch["loss_mask"][~valid].any() and not batch["positions"][~valid].any()
+        for row in range(4):
+            count = valid[row].sum()
+            assert valid[row, :count].all()
+            assert batch["positions"][row, :count].tolist() == list(range(count))
+            assert (batch["tokens"][row] == builder.media_token_id).sum() == 5
+
+
+def test_order_does_not_depend_on_threads(sources, builder):
+    expected, ids = _take(12, sources, builder, threads=0)
+    for threads in (1, 2, 4):
+        batches, other_ids = _take(12, sources, builder, threads=threads)
+        _assert_equal(batches, expected)
+        assert other_ids == ids
+    other, _ = _take(12, sources, builder, threads=0, seed=8)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(expected, other, strict=True))
+
+
+def test_epochs_visit_each_sample_once(sources, builder):
+    two = [dataclasses.replace(source, weight=1.0) for source in sources]
+    with Loader(two, builder, batch_size=4, seed=1) as loader:
+        assert loader.batches_per_epoch == 5
+        for epoch in range(3):
+            ids = [name for n in range(5 * epoch, 5 * epoch + 5) for name in loader.sample_ids(n)]
+            assert len(ids) == 20 == len(set(ids))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_resume_at_any_step_gives_the_same_batches(sources, builder, threads):
+    expected, _ = _take(9, sources, builder)
+    for step in range(9):
+        with Loader(sources, builder, batch_size=4, seed=7, threads=threads) as loader:
+            for _ in range(step):
+                next(loader)
+            state = loader.state()
+        assert state["next_batch"] == step
+        with Loader(sources, builder, batch_size=4, seed=7) as loader:
+            loader.restore(state)
+            _assert_equal([next(loader) for _ in range(9 - step)], expected[step:])
+        batches, _ = _take(9 - step, sources, builder, start_batch=step)
+        _assert_equal(batches, expected[step:])
+
+
+def test_seeking_is_free_of_what_lies_before(sources, builder):
+    far = 10**9
+    batches, ids = _take(2, sources, builder, start_batch=far)
+    with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        next(loader)
+        loader.seek(far + 1)
+        assert loader.next_batch == far + 1
+        _assert_equal([next(loader)], batches[1:])
+        assert loader.sample_ids(far) == ids[0]
+
+
+def test_state_of_another_order_is_refused(sources, builder):
+    with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        state = loader.state()
+    for changed, name in (
+        ({"seed": 8}, "seed was 7 and is now 8"),
+        ({"batch_size": 2}, "batch_size was 4 and is now 2"),
+        ({"sources": sources[:2]}, "fingerprint"),
+    ):
+        kwargs = {"sources": sources, "batch_size": 4, "seed": 7, **changed}
+        with Loader(kwargs.pop("sources"), builder, **kwargs) as loader:
+            with pytest.raises(UserError, match=name):
+                loader.restore(state)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_out_the_global_batch(sources, builder, count):
+    expected, ids = _take(6, sources, builder)
+    shares = [_take(6, sources, builder, process_index=i, process_count=count) for i in range(count)]
+    for step in range(6):
+        assert sorted(name for _, names in shares for name in names[step]) == sorted(ids[step])
+        for index, (batches, names) in enumerate(shares):
+            assert names[step] == ids[step][index::count]
+            for key, value in batches[step].items():
+                np.testing.assert_array_equal(value, expected[step][key][index::count], err_msg=key)
+    # A state saved by one of two processes continues on one.
+    with Loader(sources, builder, batch_size=4, seed=7, process_index=1, process_count=2) as loader:
+        next(loader)
+        state = loader.state()
+    with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        loader.restore(state)
+        _assert_equal([next(loader)], expected[1:2])
+
+
+def test_batch_that_does_not_divide_among_processes(sources, builder):
+    with pytest.raises(UserError, match="batch_size 4 does not divide among 3 processes"):
+        Loader(sources, builder, batch_size=4, process_count=3)
+
+
+def test_worker_processes_keep_the_order(sources, builder):
+    expected, _ = _take(5, sources, builder)
+    batches, _ = _take(4, sources, builder, workers=2, threads=1, start_batch=1)
+    _assert_equal(batches, expected[1:])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_evaluation_sees_every_sample_once(sources, builder, spec, count):
+    prompts = dataclasses.replace(builder, prompt=True)
+    seen, counted, padding = [], 0, 0
+    for index in range(count):
+        batches = list(iter_eval(sources, prompts, batch_size=8, process_index=index, process_count=count))
+        assert len(batches) == num_eval_batches(open_mixture(sources), 8) == 3
+        for rows in batches:
+            check_batch(rows.batch, spec, 8 // count, LENGTH)
+            assert not rows.batch["loss_mask"].any()
+            for row, sample in enumerate(rows.samples):
+                if sample is None:
+                    padding += 1
+                    for key in ("frame_mask", "audio_mask", "interval_mask", "segment_ids"):
+                        assert not rows.batch[key][row].any()
+                    continue
+                seen.append(sample["id"])
+                valid = rows.batch["segment_ids"][row] == 1
+                text = builder.tokenizer.decode(rows.batch["tokens"][row][valid])
+                assert text.endswith("<|im_start|>assistant\n") and "sound" not in text
+                assert sample["conversations"][1]["value"].startswith("sound")
+        counted += sum(rows.num_samples for rows in batches)
+    assert (padding, counted) == (4, 20)
+    assert len(seen) == len(set(seen)) == 20
+    if count == 1:
+        mixture = open_mixture(sources)
+        # Weights are ignored, the order is kept.
+        assert seen == [mixture.line(number)["id"] for number in range(20)]
+
+
+def test_text_alone_shows_no_media(sources, builder):
+    blind = [dataclasses.replace(source, modalities=()) for source in sources]
+    (batch,), _ = _take(1, blind, builder)
+    for key in ("frames", "frame_mask", "audio", "audio_mask"):
+        assert not batch[key].any()
+    assert (batch["tokens"] == builder.media_token_id).sum() == 4 * 5
+
+
+def test_what_does_not_fit_is_refused_by_name_with_its_plan(sources, builder):
+    small = dataclasses.replace(builder, max_length=20)
+    for threads in (0, 2):
+        with Loader(sources, small, batch_size=4, seed=7, threads=threads) as loader:
+            with pytest.raises(DoesNotFit) as caught:
+                next(loader)
+            assert caught.value.sample_id in loader.sample_ids(0)
+            plan = caught.value.plan
+            assert (plan.time_tokens, plan.media_tokens, plan.limit) == (2, 5, 20)
+            assert (plan.frames, plan.audio_windows) in {(2, 1), (0, 1), (2, 0)}
+
+
+def test_dropped_rounds_are_counted_and_their_times_forgotten(sources, builder):
+    record = decode_record(RecordReader(sources[0].records)[0], builder.spec)
+    sample = {
+        "id": "long",
+        "conversations": [
+            {"from": "human", "value": "At 00:01, what is heard?"},
+            {"from": "gpt", "value": "a bell"},
+            {"from": "human", "value": "Between 00:00.500 and 00:01.500?"},
+            {"from": "gpt", "value": "a drum"},
+        ],
+    }
+    whole = builder.build(record, sample)
+    assert whole.dropped_rounds == 0
+    assert whole.arrays["intervals"][:2].tolist() == [[1.0, 1.0], [0.5, 1.5]]
+    assert (whole.plan.frames, whole.plan.audio_windows, whole.plan.time_tokens) == (2, 1, 4)
+    short = dataclasses.replace(builder, max_length=whole.plan.total - 1).build(record, sample)
+    assert short.dropped_rounds == 1
+    assert short.arrays["interval_mask"].tolist() == [True, False, False]
+
+
+def test_question_without_times_asks_about_the_whole(sources, builder):
+    record = decode_record(RecordReader(sources[0].records)[0], builder.spec)
+    sample = {"id": "x", "conversations": [{"from": "human", "value": "What?\nA: 00:01\nB: 00:02"}]}
+    prompt = dataclasses.replace(builder, prompt=True)
+    row = prompt.build(record, sample)
+    assert row.arrays["intervals"][0].tolist() == [0.0, 2.0]
+    image = {**record, "duration": np.float32(0)}
+    assert prompt.build(image, sample).arrays["intervals"][0].tolist() == [0.0, 0.0]
+
+
+def test_closed_loader_says_so(sources, builder):
+    loader = Loader(sources, builder, batch_size=4)
+    next(loader)
+    loader.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(loader)

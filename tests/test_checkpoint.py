@@ -1,0 +1,310 @@
+"""What comes back from disk is what was saved, to the bit; what is damaged is never taken for sound."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from avlm_jax import optim
+from avlm_jax.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
+from avlm_jax.state import TrainState, flatten, unflatten
+
+# Orbax's readers are coroutines; when one fails on a damaged file its siblings complain at collection.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def make_state(step: int, width: int = 24) -> TrainState:
+    """A state whose every leaf depends on `step`, with the values that are easiest to lose."""
+    generator = np.random.default_rng(step)
+    awkward = np.array([-0.0, 0.0, np.nan, np.inf, 1e-45, np.pi], np.float32)
+    trainable = {
+        "connector": {"proj": {"kernel": generator.normal(size=(width, 40)).astype(np.float32)}},
+        "llm": {
+            "lora_a": generator.normal(size=(2, width)).astype(ml_dtypes.bfloat16),
+            "lora_b": np.full((3, 5), -0.0, np.float32),
+            "awkward": awkward,
+        },
+    }
+    trainable = jax.tree.map(jnp.asarray, trainable)
+    state = TrainState.create(trainable, optim.make_optimizer(optim.OptimConfig()), seed=step)
+    moments = jax.tree.map(lambda leaf: leaf + jnp.asarray(step, leaf.dtype), state.opt_state)
+    return state.replace(step=jnp.asarray(step, jnp.int32), opt_state=moments)
+
+
+def assert_same_bits(found: TrainState, expected: TrainState) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def fill(directory: Path, steps: tuple[int, ...], keep: int = 3) -> None:
+    checkpointer = Checkpointer(directory, keep=keep)
+    for step in steps:
+        assert checkpointer.save(step, make_state(step), {"next_index": step * 8}, {"stage": "2a"})
+    checkpointer.close()
+
+
+def test_restores_the_newest_step_bit_for_bit_and_keeps_two(tmp_path: Path) -> None:
+    fill(tmp_path, (2, 4, 6), keep=2)
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.steps() == [4, 6]
+    state, data_state, metadata = checkpointer.restore_latest(jax.eval_shape(lambda: make_state(0)))
+    assert_same_bits(state, make_state(6))
+    assert (data_state, metadata) == ({"next_index": 48}, {"stage": "2a"})
+    assert checkpointer.save(6, state, {}, {}) is False  # it is there already
+    checkpointer.close()
+
+
+def test_an_empty_directory_has_nothing_to_restore(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path / "new")
+    assert checkpointer.restore_latest(make_state(0)) is None
+    checkpointer.close()
+
+
+def test_frozen_parameters_are_not_on_disk(tmp_path: Path) -> None:
+    fill(tmp_path, (1,))
+    leaves = json.loads((tmp_path / "1/manifest/manifest.json").read_text())["leaves"]
+    trainable = set(flatten(make_state(1).trainable))
+    roots = {"step", "rng"} | {f"trainable/{path}" for path in trainable}
+    assert roots <= set(leaves)
+    moments = {path for path in leaves if path.startswith("opt_state/") and not path.endswith("/count")}
+    assert all(path.endswith(tuple(trainable)) for path in moments)
+    assert len(leaves) == 2 + 1 + 3 * len(trainable)
+
+
+def test_buffers_may_be_donated_while_the_save_runs(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    train_step = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf * 0 + 1, state), donate_argnums=0)
+    state = make_state(3, width=20_000)  # megabytes: the writing outlasts the next step
+    checkpointer.save(3, state, {}, {})
+    # XLA either overwrites the buffers or, where the writer still reads them, copies; the saved values stay.
+    jax.block_until_ready(train_step(state))
+    restored, _, _ = checkpointer.restore_latest(jax.eval_shape(lambda: make_state(0, width=20_000)))
+    assert_same_bits(restored, make_state(3, width=20_000))
+    checkpointer.close()
+
+
+def data_files(step: Path) -> list[Path]:
+    """The files that hold array contents, largest first."""
+    files = [path for path in step.rglob("*") if path.is_file() and path.parent.name == "d"]
+    return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
+
+
+def damage_flip(step: Path) -> None:
+    file = data_files(step)[0]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+def damage_truncate(step: Path) -> None:
+    file = data_files(step)[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damage_remove(step: Path) -> None:
+    data_files(step)[0].unlink()
+
+
+def damage_manifest(step: Path) -> None:
+    file = step / "manifest/manifest.json"
+    file.write_text(re.sub(r'"next_index": \d+', '"next_index": 7', file.read_text()))
+
+
+def damage_manifest_syntax(step: Path) -> None:
+    (step / "manifest/manifest.json").write_bytes(b"\xff{")
+
+
+DAMAGES = [damage_flip, damage_truncate, damage_remove, damage_manifest, damage_manifest_syntax]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_a_damaged_step_is_quarantined_and_the_older_one_used(
+    tmp_path: Path, damage, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, (10, 20))
+    damage(tmp_path / "20")
+    checkpointer = Checkpointer(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="avlm_jax.checkpoint"):
+        state, data_state, _ = checkpointer.restore_latest(make_state(0))
+    assert_same_bits(state, make_state(10))
+    assert data_state == {"next_index": 80}
+    assert str(tmp_path / "20") in caplog.text and "trying step 10" in caplog.text
+    if damage is damage_flip:  # Orbax reads it without a complaint; our sum is what notices
+        assert "sha256 differs" in caplog.text
+    assert checkpointer.steps() == [10] and (tmp_path / "quarantine/20-0/manifest").is_dir()
+    # The run that goes on reaches the same step again.
+    assert checkpointer.save(20, make_state(20), {"next_index": 160}, {})
+    assert_same_bits(checkpointer.restore_latest(make_state(0))[0], make_state(20))
+    checkpointer.close()
+
+
+def test_no_flip_anywhere_in_a_step_is_silent(tmp_path: Path) -> None:
+    expected = make_state(5, width=500)
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(5, expected, {"next_index": 40}, {})
+    checkpointer.close()
+    generator = np.random.default_rng(0)
+    files = [path for path in (tmp_path / "5").rglob("*") if path.is_file() and path.stat().st_size]
+    by_size = np.array([path.stat().st_size for path in files], np.float64)
+    by_size /= by_size.sum()
+    found = 0
+    for flip in range(24):
+        # Two thirds of the flips fall on any byte of the step, one third on any file, however small.
+        file = files[generator.choice(len(files), p=None if flip % 3 == 0 else by_size)]
+        content = bytearray(file.read_bytes())
+        original = bytes(content)
+        content[generator.integers(len(content))] ^= 1 << generator.integers(8)
+        file.write_bytes(content)
+        checkpointer = Checkpointer(tmp_path)
+        restored = checkpointer.restore_latest(expected)
+        checkpointer.close()
+        if restored is None:
+            found += 1
+            quarantined = next((tmp_path / "quarantine").iterdir())
+            quarantined.rename(tmp_path / "5")
+        else:  # a byte that carries nothing: what comes back must be right
+            assert_same_bits(restored[0], expected)
+            assert restored[1] == {"next_index": 40}
+        file.write_bytes(original)
+    assert found >= 10  # of the 16 by size; most bytes of the step are array contents
+
+
+def test_another_model_is_an_error_and_moves_nothing(tmp_path: Path) -> None:
+    fill(tmp_path, (1,))
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"connector/proj/kernel is float32\[24, 40\] in the checkpoint"
+    ):
+        checkpointer.restore_latest(make_state(0, width=25))
+    state = make_state(0)
+    more = state.replace(trainable=state.trainable | {"vision": {"kernel": jnp.ones(3)}})
+    with pytest.raises(CheckpointError, match="trainable/vision/kernel is absent in the checkpoint"):
+        checkpointer.restore_latest(more)
+    assert checkpointer.steps() == [1]
+    checkpointer.close()
+
+
+def test_only_json_enters_the_manifest(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    with pytest.raises(TypeError, match="data_state"):
+        checkpointer.save(1, make_state(1), {"next_index": np.int64(3)}, {})
+    checkpointer.save(1, make_state(1), {"indices": (1, 2)}, {"name": "Grüße"})
+    _, data_state, metadata = checkpointer.restore_latest(make_state(0))
+    assert data_state == {"indices": [1, 2]} and metadata == {"name": "Grüße"}
+    checkpointer.close()
+
+
+KILLED_DURING_SAVE = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import Checkpointer, make_state
+checkpointer = Checkpointer({directory!r})
+checkpointer.save(1, make_state(1, width=100_000), {{}}, {{}})
+checkpointer.wait()
+checkpointer.save(2, make_state(2, width=100_000), {{}}, {{}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_sigkill_during_a_save_leaves_the_older_step(tmp_path: Path) -> None:
+    program = KILLED_DURING_SAVE.format(tests=str(Path(__file__).parent), directory=str(tmp_path))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    unfinished = [path.name for path in tmp_path.iterdir() if path.name.startswith("2")]
+    assert unfinished and "2" not in unfinished  # the kill did hit the middle of the save
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.steps() == [1]
+    state, _, _ = checkpointer.restore_latest(jax.eval_shape(lambda: make_state(0, width=100_000)))
+    assert_same_bits(state, make_state(1, width=100_000))
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]  # leftovers are cleared away
+    assert checkpointer.save(2, make_state(2), {}, {})
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2]
+
+
+def test_a_failed_write_is_reported_and_does_not_count_as_a_step(tmp_path: Path, monkeypatch) -> None:
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, make_state(1), {}, {})
+    checkpointer.wait()
+    write_text = type(checkpointer._directory).write_text
+
+    def full_disk(path, content: str, *args, **kwargs) -> int:
+        if path.name == "manifest.json":
+            raise OSError(28, "No space left on device")
+        return write_text(path, content, *args, **kwargs)
+
+    monkeypatch.setattr(type(checkpointer._directory), "write_text", full_disk)
+    with pytest.raises(
+        CheckpointError, match=r"saving step 2 .*No space left.*complete steps on disk: \[1\]"
+    ):
+        checkpointer.save(2, make_state(2), {}, {})
+        checkpointer.wait()
+    monkeypatch.undo()
+    assert_same_bits(checkpointer.restore_latest(make_state(0))[0], make_state(1))
+    assert checkpointer.save(2, make_state(2), {}, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [1, 2]
+    checkpointer.close()
+
+
+def published(directory: Path) -> tuple[dict, str]:
+    tree = make_state(9).trainable
+    return tree, save_tree(directory, tree, {"model": {"width": 8}}, {"stage": "1a", "parent": None})
+
+
+def test_published_tree_round_trip(tmp_path: Path) -> None:
+    tree, digest = published(tmp_path / "deep/1a")
+    found, config, metadata = load_tree(tmp_path / "deep/1a")
+    assert flatten(found).keys() == flatten(tree).keys()
+    for path, leaf in flatten(found).items():
+        assert leaf.dtype == flatten(tree)[path].dtype
+        assert leaf.tobytes() == np.asarray(flatten(tree)[path]).tobytes()
+    assert config == {"model": {"width": 8}}
+    assert (metadata["stage"], metadata["parent"], metadata["hash"]) == ("1a", None, digest)
+
+
+def test_published_hash_depends_on_content_alone(tmp_path: Path) -> None:
+    tree, digest = published(tmp_path / "1a")
+    assert save_tree(tmp_path / "1a", tree, {}, {}) == digest
+    assert load_tree(tmp_path / "1a")[1] == {}  # the older one is replaced
+    flat = flatten(tree)
+    flat["llm/lora_b"] = -flat["llm/lora_b"]  # -0.0 becomes 0.0
+    assert save_tree(tmp_path / "1b", unflatten(flat), {}, {"parent": digest}) != digest
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1a", "1b"]
+
+
+def test_a_damaged_published_tree_is_refused(tmp_path: Path) -> None:
+    published(tmp_path / "1a")
+    weights = tmp_path / "1a/trainable.safetensors"
+    original = weights.read_bytes()
+    flipped = bytearray(original)
+    flipped[-3] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match=r"trainable.safetensors: .*sha256"):
+        load_tree(tmp_path / "1a")
+    weights.write_bytes(original[:-5])
+    with pytest.raises(CheckpointError, match="trainable.safetensors is damaged"):
+        load_tree(tmp_path / "1a")
+    weights.write_bytes(original)
+    metadata = tmp_path / "1a/metadata.json"
+    metadata.write_text(metadata.read_text().replace('"bfloat16"', '"float16"'))
+    with pytest.raises(CheckpointError, match="metadata.json does not match"):
+        load_tree(tmp_path / "1a")
+    metadata.unlink()
+    with pytest.raises(FileNotFoundError, match="metadata.json is missing"):
+        load_tree(tmp_path / "1a")

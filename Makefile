@@ -47,8 +47,7 @@ demo: $(STAMP)  ## the whole of SAVEnVideo in ten minutes; the report goes to ru
 
 test: $(STAMP)  ## lint and tests, under eight minutes on two cores (ARGS="tests/test_config.py" for some)
 	@$(RUN) -m ruff check --quiet .
-	@$(RUN) -m ruff format --check --quiet . || \
-	  { echo "ruff format would change the files above or below; run: make format"; exit 1; }
+	@$(RUN) -m ruff format --check . || { echo "Run \`make format\`."; exit 1; }
 	@$(PYTEST) -m "not parity and not slow" $(ARGS)
 
 slow: $(STAMP)  ## the tests that take minutes each

@@ -31,6 +31,7 @@ CORE = [
     "flax>=0.12.8,<0.12.9; python_version < '3.12'",
     "jax>=0.11.1,<0.13; python_version >= '3.12'",
     "flax>=0.12.12,<0.13; python_version >= '3.12'",
+    "absl-py>=2.3,<3",
     "array_record>=0.8.3,<0.9",
     # FFmpeg before 8.1.2 has known holes (CVE-2026-8461); PyAV 18.1 is the first to bring 8.1.2.
     "av>=18.1,<20",
@@ -41,14 +42,15 @@ CORE = [
     "jinja2>=3.1,<4",  # transformers renders chat templates with it and does not declare it.
     "matplotlib>=3.10,<4",
     "ml-collections>=1.1,<2",
+    "ml_dtypes>=0.5,<0.7",
     "msgpack>=1.1,<2",
     "numpy>=2.2,<3",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12",
     "safetensors>=0.8,<0.9",
-    "scipy>=1.15,<2",
     "tensorboardX>=2.6.2,<3",
+    "tokenizers>=0.22",  # transformers holds the version.
     "tqdm>=4.66,<5",
     "transformers>=5.16,<6",  # Tokenizers, configurations and image processors only.
 ]

@@ -25,7 +25,6 @@ from avlm_jax.weights.qwen2 import load_qwen2
 from avlm_jax.weights.siglip import load_siglip
 from avlm_jax.weights.table import LoadReport
 from input_pipeline.conversation import find_media_token_id, load_tokenizer, make_template
-from input_pipeline.spec import MediaSpec
 from input_pipeline.transforms.sample import SampleBuilder
 
 if TYPE_CHECKING:
@@ -53,15 +52,20 @@ class Assembly:
     tokenizer: PreTrainedTokenizerFast
     system: System
 
-    def builder(self, *, prompt: bool = False) -> SampleBuilder:
-        """What turns a record's sample into arrays for this system; `prompt` leaves the answer open, for generation."""
+    def builder(self, *, prompt: bool = False, max_length: int = 0) -> SampleBuilder:
+        """What turns a record's sample into arrays for this system.
+
+        Args:
+            prompt: leave the answer open, for generation.
+            max_length: text positions of a row; 0 takes text.max_length.
+        """
         text = self.config.text
         return SampleBuilder(
             spec=self.system.spec,
             tokenizer=self.tokenizer,
             media_token_id=self.system.media_token_id,
             num_media_tokens=self.system.num_media_tokens,
-            max_length=text.max_length,
+            max_length=max_length or text.max_length,
             prompt=prompt,
             template=make_template(text.template),
             system=text.system,
@@ -94,7 +98,9 @@ class Assembly:
         for path, value in flatten(learnt or {}).items():
             if path not in expected or expected[path].shape != value.shape:
                 wanted = f"shape {list(expected[path].shape)}" if path in expected else "no such parameter"
-                raise ValueError(f"checkpoint holds {path} {list(value.shape)}; this configuration wants {wanted}")
+                raise ValueError(
+                    f"checkpoint holds {path} {list(value.shape)}; this configuration wants {wanted}"
+                )
             known[path] = value
         missing = tuple(path for path in expected if path not in known)
 
@@ -147,7 +153,9 @@ def load_backbones(config: ConfigDict) -> tuple[dict[str, np.ndarray], dict[str,
     return known, reports
 
 
-def _agree(part: str, folder: str, section: ConfigDict, found: Mapping[str, Any], free: tuple[str, ...]) -> None:
+def _agree(
+    part: str, folder: str, section: ConfigDict, found: Mapping[str, Any], free: tuple[str, ...]
+) -> None:
     for key, value in found.items():
         if key in section and key not in free and section[key] != value:
             raise ConfigError(

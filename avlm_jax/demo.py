@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from avlm_jax.config import ConfigError, enable_compilation_cache, load_config, to_dataclass
 from avlm_jax.evaluate import evaluate
 from avlm_jax.generate import Model, load_model
+from avlm_jax.models.api import build_system
 from avlm_jax.report import comparison_table, save_timeline
 from avlm_jax.train import train, versions
 from input_pipeline.manifest import read_manifest
@@ -32,6 +33,10 @@ from input_pipeline.synthetic.generate import generate
 
 CONFIG = "configs/savenvideo.py:size=demo"
 BACKBONES = Path(__file__).parent / "demo_backbones"
+PROTOCOL = (
+    "strict"  # The demo's answers are an option's text or its letter; the official rule reads letters only.
+)
+ANSWER_TOKENS = 6
 REPORT, TIMELINE = "demo_report.json", "timeline.png"
 TRAIN_VIDEOS, TEST_VIDEOS = 320, 50  # 50 videos with five questions each: 250 held-out questions.
 TEST_SEED = 1_000_000  # Added to the seed: test videos are drawn apart from training videos.
@@ -86,7 +91,9 @@ def records_of(workdir: Path, split: str, count: int, seed: int, spec: MediaSpec
     manifest = generate(videos, count, seed)
     report = prepare(read_manifest(manifest), out, spec, overwrite=True, label=f"records for {split}")
     if report.rejected:
-        raise ConfigError(f"{len(report.rejected)} generated videos were rejected; see {out / 'rejected.jsonl'}")
+        raise ConfigError(
+            f"{len(report.rejected)} generated videos were rejected; see {out / 'rejected.jsonl'}"
+        )
     stamp.write_text(json.dumps(asked))
     return out
 
@@ -95,13 +102,26 @@ def stage_config(workdir: Path, seed: int, resampler: str) -> ConfigDict:
     """configs/savenvideo.py:size=demo on this workdir's records, with AVTS or with its MLP ablation."""
     base = load_config(CONFIG)
     overrides = [f"seed={seed}", f"model.avts.resampler={resampler}"]
-    if resampler == "mlp":  # Fewer tokens per frame, as in systems that have no resampler; else the prompt is very long.
-        overrides.append("model.avts.visual_pool=bilinear2")
-        overrides.append(f"text.max_length={base.text.max_length + 160}")
+    if resampler == "mlp":
+        # All that the perceptrons give reaches the prompt: one token a frame and a window, as many as AVTS has.
+        overrides += ["model.avts.visual_pool=frame", "model.avts.freq_pool=window"]
+        shortest = num_media_tokens(base)
+        more = num_media_tokens(load_config(CONFIG, overrides)) - shortest
+        overrides.append(f"text.max_length={base.text.max_length + more}")
+        overrides += [
+            f"stage.{name}.max_length={base.stage[name].max_length + more}"
+            for name in base.stages
+            if base.stage[name].max_length
+        ]
     for name in base.stages:
         for number in range(len(base.stage[name].sources)):
             overrides.append(f"stage.{name}.sources.{number}.records={workdir / 'records' / 'train'}")
     return load_config(CONFIG, overrides)
+
+
+def num_media_tokens(config: ConfigDict) -> int:
+    """Media tokens in a prompt of this configuration."""
+    return build_system(config, media_token_id=0).num_media_tokens
 
 
 def run_demo(workdir: Path, seed: int, train_videos: int, test_videos: int) -> dict[str, Any]:
@@ -112,7 +132,10 @@ def run_demo(workdir: Path, seed: int, train_videos: int, test_videos: int) -> d
         records_of(workdir, "train", train_videos, seed, spec)
         test_records = records_of(workdir, "test", test_videos, seed + TEST_SEED, spec)
     models: dict[str, Model] = {}
-    for kind, folder, title in (("avts", "full", "AVTS resampler"), ("mlp", "mlp_resampler", "MLPs in its place")):
+    for kind, folder, title in (
+        ("avts", "full", "AVTS resampler"),
+        ("mlp", "mlp_resampler", "MLPs in its place"),
+    ):
         with clock.part(f"train_{kind}", f"training: four stages, {title}"):
             finals = train(stage_config(workdir, seed, kind), workdir / folder)
             models[kind] = load_model(list(finals.values())[-1])
@@ -125,6 +148,8 @@ def run_demo(workdir: Path, seed: int, train_videos: int, test_videos: int) -> d
                 test_records,
                 modalities=modalities,
                 out_dir=workdir / "predictions" / name,
+                protocol=PROTOCOL,
+                max_new_tokens=ANSWER_TOKENS,
                 model=models[kind].name,
                 label=TITLES[name],
             )
@@ -147,7 +172,13 @@ def run_demo(workdir: Path, seed: int, train_videos: int, test_videos: int) -> d
 def draw_timeline(workdir: Path, model: Model, records: Path) -> Path:
     """A picture of the first test video: what happens, and what the resampler looks at."""
     path = workdir / TIMELINE
-    save_timeline(path, model.assembly, model.params, records, annotations=workdir / "videos" / "test" / "annotations.json")
+    save_timeline(
+        path,
+        model.assembly,
+        model.params,
+        records,
+        annotations=workdir / "videos" / "test" / "annotations.json",
+    )
     return path
 
 
@@ -157,11 +188,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SAVEnVideo end to end on generated videos: records, the four-stage recipe, evaluation with and without picture and "
         "sound, a table and a picture. About ten minutes on two CPU cores; run it from a clone of the repository."
     )
-    parser.add_argument("--workdir", default="runs/demo", metavar="DIR", help="everything goes there (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of videos, order and weights (default: %(default)s)")
-    parser.add_argument("--train-videos", type=int, default=TRAIN_VIDEOS, metavar="N", help="default: %(default)s")
-    parser.add_argument("--test-videos", type=int, default=TEST_VIDEOS, metavar="N", help="five questions each")
-    parser.add_argument("--fresh", action="store_true", help="delete the workdir first instead of continuing in it")
+    parser.add_argument(
+        "--workdir", default="runs/demo", metavar="DIR", help="everything goes there (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of videos, order and weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--train-videos", type=int, default=TRAIN_VIDEOS, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--test-videos", type=int, default=TEST_VIDEOS, metavar="N", help="five questions each"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="delete the workdir first instead of continuing in it"
+    )
     parser.add_argument(
         "--make-backbones",
         metavar="DIR",
@@ -184,5 +225,7 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(workdir, ignore_errors=True)
     report = run_demo(workdir, args.seed, args.train_videos, args.test_videos)
     print(f"\n{workdir / REPORT} and {report['picture']} written; {report['seconds']:.0f} s in all")
-    print(f'Ask about any video: avlm ask {workdir}/videos/test/videos/*0.mp4 "What is heard at each moment?"')
+    print(
+        f'Ask about any video: avlm ask {workdir}/videos/test/videos/*0.mp4 "What is heard at each moment?"'
+    )
     return 0

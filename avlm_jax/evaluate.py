@@ -1,6 +1,7 @@
 """Answers the questions of prepared records with a trained checkpoint and scores the answers.
 
-Writes predictions.jsonl, references.jsonl and metrics.json; `avlm score` scores the first two again without a model.
+Writes predictions.jsonl, references.jsonl and metrics.json; `avlm score` scores the first two again without a
+model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from avlm_jax import __version__
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import enable_compilation_cache
 from avlm_jax.evals.multiple_choice import EXTRACTORS, format_report, score_multiple_choice
-from avlm_jax.evals.predictions import Prediction, PredictionError, Reference, write_rows
+from avlm_jax.evals.predictions import Prediction, reference_of_sample, write_rows
 from avlm_jax.generate import DEFAULT_NEW_TOKENS, Generator, load_model
 from input_pipeline.errors import UserError
 from input_pipeline.loader import iter_eval, num_eval_batches
@@ -34,11 +35,13 @@ DEFAULT_BATCH_SIZE = 16
 EPILOG = """\
 examples:
   avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test --out runs/mine
-  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test --out runs/deaf --modalities video
-  avlm evaluate --config configs/savenvideo.py:size=7b --checkpoint W/2b/final --records records/avbench --out W/avbench
+  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test --out runs/deaf
+  --modalities video avlm evaluate --config configs/savenvideo.py:size=7b --checkpoint W/2b/final --records
+  records/avbench --out W/avbench
 
-Questions come from the records: samples of the tasks with the extra keys "answer" (a letter), "options" (texts) and, if
-there are kinds of questions, "qa_type". The exit code is 0 when every question was asked, whatever was answered.
+Questions come from the records: samples of the tasks with the extra keys "answer" (a letter), "options"
+(texts) and, if there are kinds of questions, "qa_type". The exit code is 0 when every question was asked,
+whatever was answered.
 """
 
 
@@ -63,8 +66,8 @@ def evaluate(
         assembly, params: the model; see `generate.load_model`.
         records: folder made by `avlm prepare`.
         tasks: which samples; each needs a letter under "answer" and its texts under "options".
-        modalities: what the model is shown, of "video", "audio"; () shows neither. Every question is asked whatever its
-            media hold.
+        modalities: what the model is shown, of "video", "audio"; () shows neither. Every question is asked
+            whatever its media hold.
         out_dir: gets predictions.jsonl, references.jsonl and metrics.json; None writes nothing.
         batch_size: questions per step.
         max_new_tokens: per answer.
@@ -74,10 +77,12 @@ def evaluate(
         label: of the progress bar.
 
     Returns:
-        The report of `score_multiple_choice`, with benchmark, tasks, modalities, model, decoding and versions.
+        The report of `score_multiple_choice`, with benchmark, tasks, modalities, model, decoding and
+        versions.
 
     Raises:
-        UserError: records, tasks or modalities that cannot be used; a sample without answer or that does not fit, by id.
+        UserError: records, tasks or modalities that cannot be used; a sample without answer or that does not
+            fit, by id.
         GenerationError: the model gave logits that are not finite.
     """
     if jax.process_count() > 1:
@@ -89,7 +94,7 @@ def evaluate(
     # () takes samples without picture or sound as well: a question that cannot be seen counts all the same.
     index = open_source(SourceConfig(str(records), tuple(tasks), modalities=()), builder.spec)
     index = _shown(index, SourceConfig(str(records), tuple(tasks), modalities), limit)
-    items = [_item(sample, video_id) for sample, video_id in _samples(index)]
+    items = [reference_of_sample(sample, video_id) for sample, video_id in _samples(index)]
     generator = Generator(assembly, params, max_new_tokens)
     decoding = {"method": "greedy", "max_new_tokens": max_new_tokens}
     mixture = Mixture((index,), shuffle=False)
@@ -151,23 +156,6 @@ def _samples(index: SourceIndex) -> Iterator[tuple[dict[str, Any], str]]:
         yield record["samples"][within], record["id"]
 
 
-def _item(sample: Mapping[str, Any], video_id: str) -> Reference:
-    try:
-        kind = str(sample.get("qa_type", ""))
-        return Reference(sample["id"], video_id, sample["answer"], tuple(sample["options"]), kind)
-    except (KeyError, TypeError, ValueError) as error:
-        raise PredictionError(
-            f"sample {sample.get('id')!r} of task {sample.get('task')!r} is no multiple-choice question ({error}): its "
-            'manifest line needs "answer" (a letter) and "options" (texts); choose other --tasks'
-        ) from None
-
-
-def references_of_records(records: str | Path, tasks: Sequence[str] = ("mcq",)) -> list[Reference]:
-    """The references that `evaluate` scores with, read from a folder of records."""
-    index = open_source(SourceConfig(str(records), tuple(tasks), modalities=()))
-    return [_item(sample, video_id) for sample, video_id in _samples(index)]
-
-
 def _question(sample: Mapping[str, Any]) -> str:
     """The last question of a sample, as it stands in its conversation."""
     return [turn["value"] for turn in sample["conversations"] if turn["from"] in ("human", "user")][-1]
@@ -184,24 +172,35 @@ def _versions() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`avlm evaluate`'s arguments."""
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a finished stage: <workdir>/<stage>/final")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a finished stage: <workdir>/<stage>/final"
+    )
     parser.add_argument("--records", required=True, metavar="DIR", help="folder made by `avlm prepare`")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for predictions and metrics")
     parser.add_argument(
         "--config",
         metavar="FILE[:ARGS]",
-        help="configuration by path; default: the one stored with the checkpoint. Single keys follow as --config.a.b=value",
+        help="configuration by path (default: the one stored with the checkpoint); single keys follow as "
+        "--config.key.of.config=value",
     )
-    parser.add_argument("--tasks", default="mcq", metavar="A,B", help="which samples of the records (default: %(default)s)")
+    parser.add_argument(
+        "--tasks", default="mcq", metavar="A,B", help="which samples of the records (default: %(default)s)"
+    )
     parser.add_argument(
         "--modalities",
         default="video,audio",
         choices=("video,audio", "video", "audio", "none"),
         help="what the model is shown (default: %(default)s)",
     )
-    parser.add_argument("--protocol", default="official", choices=sorted(EXTRACTORS), help="how a letter is found")
-    parser.add_argument("--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--protocol", default="official", choices=sorted(EXTRACTORS), help="how a letter is found"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N questions")
 
 

@@ -1,7 +1,7 @@
 """Greedy generation with a key-value cache: one compiled prefill, one compiled loop over new tokens.
 
-Prompts of a batch are right-padded to one length; each row goes on from its own last position, and a row that is done
-waits for the others without being changed by them.
+Prompts of a batch are right-padded to one length; each row goes on from its own last position, and a row that
+is done waits for the others without being changed by them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble
-from avlm_jax.checkpoint import METADATA_FILE, CheckpointError, load_tree
-from avlm_jax.config import ConfigError, apply_overrides, config_from_json, config_to_json, load_config
+from avlm_jax.checkpoint import CONFIG_FILE, METADATA_FILE, CheckpointError, load_tree
+from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
 from avlm_jax.sharding import make_mesh, put_batch, replicated, shard_params
 from avlm_jax.state import Tree, cast_frozen, flatten, unflatten
 from input_pipeline.errors import UserError
 
-# Qwen2 ends a turn with the first and a text with the second (Qwen2-7B-Instruct, generation_config.json: eos_token_id).
+# Qwen2 ends a turn with the first and a text with the second (Qwen2-7B-Instruct, generation_config.json:
+# eos_token_id).
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
-# Longest answer of the published recipes' multiple-choice runs is 16 (lmms-eval); an answer in words needs a few more.
+# Longest answer of the published recipes' multiple-choice runs is 16 (lmms-eval); an answer in words needs a
+# few more.
 DEFAULT_NEW_TOKENS = 32
 
 
@@ -80,7 +83,7 @@ class Generator:
         self.stop_ids = tuple(find_stop_ids(assembly.tokenizer) if stop_ids is None else stop_ids)
         self._mesh = make_mesh(**assembly.config.mesh)
         self._params = shard_params(params, self._mesh)
-        self._programs = _compile(assembly.system, max_new_tokens, self.stop_ids)
+        self._programs = _compile(assembly.system, max_new_tokens)
 
     def __call__(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> Generation:
         """Answers the prompts of a batch (`Batch` of spec.py, made with `Assembly.builder(prompt=True)`).
@@ -92,25 +95,32 @@ class Generator:
             names: of the rows, for errors.
 
         Raises:
-            GenerationError: a row's logits are not finite. They would be read as token 0, an answer of "!!!!".
+            GenerationError: a row's logits are not finite. They would be read as token 0, an answer of
+                "!!!!".
         """
         prefill, decode = self._programs
         placed = self._place(batch)
         logits, cache, seen = prefill(self._params, placed)
-        tokens, lengths, stopped, broken = jax.device_get(
-            decode(self._params, logits, cache, seen, placed["positions"], placed["segment_ids"])
+        stop_ids = np.asarray(self.stop_ids, np.int32)
+        found, _ = decode(
+            self._params, logits, (cache, seen), placed["positions"], placed["segment_ids"], stop_ids
         )
+        tokens, lengths, stopped, broken = jax.device_get(found)
         if (broken >= 0).any():
             row = int(np.flatnonzero(broken >= 0)[0])
             name = f" ({names[row]})" if row < len(names) else ""
             raise GenerationError(
-                f"row {row}{name}: the logits of new token {int(broken[row])} are not finite, so there is no answer. "
-                "A parameter is NaN or infinite (check the checkpoint), or model.llm.dtype is too narrow; try float32"
+                f"row {row}{name}: the logits of new token {int(broken[row])} are not finite, so there is "
+                "no answer. A parameter is NaN or infinite (check the checkpoint), or model.llm.dtype is too "
+                "narrow; try float32"
             )
         return Generation(tokens, lengths, stopped)
 
     def texts(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> list[str]:
-        """The answers as text, without control tokens; empty for padding rows. Arguments and errors as `__call__`."""
+        """The answers as text, without control tokens; empty for padding rows.
+
+        Arguments and errors are those of `__call__`.
+        """
         found = self(batch, names)
         tokenizer = self.assembly.tokenizer
         return [
@@ -122,7 +132,9 @@ class Generator:
         rows = len(batch["tokens"])
         if rows % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]) == 0:
             return put_batch(dict(batch), self._mesh)
-        return jax.device_put(dict(batch), replicated(self._mesh))  # Fewer rows than devices: one question, say.
+        return jax.device_put(
+            dict(batch), replicated(self._mesh)
+        )  # Fewer rows than devices: one question, say.
 
 
 def find_stop_ids(tokenizer: Any) -> list[int]:
@@ -139,11 +151,11 @@ def find_stop_ids(tokenizer: Any) -> list[int]:
 
 
 Prefill = Callable[[Tree, dict[str, Array]], tuple[Array, KVCache, Array]]
-Decode = Callable[..., tuple[Array, Array, Array, Array]]
+Decode = Callable[..., tuple[tuple[Array, Array, Array, Array], tuple[KVCache, Array]]]
 
 
 @functools.lru_cache(maxsize=8)
-def _compile(system: System, max_new_tokens: int, stop_ids: tuple[int, ...]) -> tuple[Prefill, Decode]:
+def _compile(system: System, max_new_tokens: int) -> tuple[Prefill, Decode]:
     """The two programs; generators of one system share them, whatever their parameters."""
 
     @jax.jit
@@ -152,29 +164,28 @@ def _compile(system: System, max_new_tokens: int, stop_ids: tuple[int, ...]) -> 
         slots = batch["tokens"].shape[1] + max_new_tokens - 1
         return system.apply({"params": params}, batch, slots, method="prefill")
 
-    def choose(
-        logits: Float[Array, "b v"], alive: Bool[Array, "b"]
-    ) -> tuple[Int[Array, "b"], Bool[Array, "b"], Bool[Array, "b"]]:
-        """Next tokens, which rows go on behind them, and which rows are broken."""
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        broken = alive & ~jnp.all(jnp.isfinite(logits), axis=-1)
-        token = jnp.where(alive, token, stop_ids[0])
-        return token, alive & ~jnp.isin(token, jnp.asarray(stop_ids)) & ~broken, broken
-
-    @functools.partial(jax.jit, donate_argnums=(2, 3))
+    # The cache is given back though nobody wants it: only so can the loop write into the one it was given.
+    @functools.partial(jax.jit, donate_argnums=2)
     def decode(
         params: Tree,
         logits: Float[Array, "b v"],
-        cache: KVCache,
-        seen: Bool[Array, "b s"],
+        memory: tuple[KVCache, Bool[Array, "b s"]],
         positions: Int[Array, "b l"],
         segment_ids: Int[Array, "b l"],
-    ) -> tuple[Array, Array, Array, Array]:
+        stop_ids: Int[Array, " k"],
+    ) -> tuple[tuple[Array, Array, Array, Array], tuple[KVCache, Array]]:
+        def choose(logits: Float[Array, "b v"], alive: Bool[Array, " b"]) -> tuple[Array, Array, Array]:
+            """Next tokens [b], which rows go on behind them, and which rows are broken."""
+            token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            broken = alive & ~jnp.all(jnp.isfinite(logits), axis=-1)
+            token = jnp.where(alive, token, stop_ids[0])
+            return token, alive & ~jnp.isin(token, stop_ids) & ~broken, broken
+
         last = jnp.sum(segment_ids > 0, axis=1) - 1
-        first = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1  # Position of a row's first new token.
+        # Position of a row's first new token.
+        first = jnp.take_along_axis(positions, last[:, None], axis=1)[:, 0] + 1
         token, alive, bad = choose(logits, last >= 0)
         tokens = jnp.full((len(token), max_new_tokens), stop_ids[0], jnp.int32).at[:, 0].set(token)
-        lengths = alive.astype(jnp.int32)
         broken = jnp.where(bad, 0, -1)
 
         def unfinished(state: tuple) -> Array:
@@ -182,27 +193,18 @@ def _compile(system: System, max_new_tokens: int, stop_ids: tuple[int, ...]) -> 
             return (step < max_new_tokens) & jnp.any(alive)
 
         def extend(state: tuple) -> tuple:
-            step, token, alive, tokens, lengths, broken, cache, seen = state
-            logits, cache, seen = system.apply(
-                {"params": params}, token, first + step - 1, cache, seen, method="extend"
+            step, token, alive, tokens, lengths, broken, memory = state
+            logits, *memory = system.apply(
+                {"params": params}, token, first + step - 1, *memory, method="extend"
             )
             token, alive, bad = choose(logits, alive)
             tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, step))
-            return (
-                step + 1,
-                token,
-                alive,
-                tokens,
-                lengths + alive,
-                jnp.where(bad, step, broken),
-                cache,
-                seen,
-            )
+            broken = jnp.where(bad, step, broken)
+            return step + 1, token, alive, tokens, lengths + alive, broken, tuple(memory)
 
-        start = (jnp.ones((), jnp.int32), token, alive, tokens, lengths, broken, cache, seen)
-        state = jax.lax.while_loop(unfinished, extend, start)
-        _, _, alive, tokens, lengths, broken, _, _ = state
-        return tokens, lengths, ~alive, broken
+        start = (jnp.ones((), jnp.int32), token, alive, tokens, alive.astype(jnp.int32), broken, memory)
+        _, _, alive, tokens, lengths, broken, memory = jax.lax.while_loop(unfinished, extend, start)
+        return (tokens, lengths, ~alive, broken), memory
 
     return prefill, decode
 
@@ -226,40 +228,55 @@ class Model:
         return f"{self.assembly.config.system}/{self.metadata.get('stage', '?')}/{self.metadata['hash'][:12]}"
 
 
+def checkpoint_config(checkpoint: str | Path) -> ConfigDict:
+    """The configuration that a published checkpoint was made by, locked; no parameter is read.
+
+    Raises:
+        UserError: no checkpoint is there, or its configuration is damaged.
+    """
+    folder = Path(checkpoint)
+    for name in (METADATA_FILE, CONFIG_FILE):
+        if not (folder / name).is_file():
+            raise UserError(
+                f"{folder} is no checkpoint of a finished stage (it has no {name}); run `make demo` for the "
+                "demo's, or pass --checkpoint WORKDIR/STAGE/final of a training run"
+            )
+    try:
+        return config_from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG_FILE} is damaged ({error}); copy the checkpoint again") from error
+
+
 def load_model(
-    checkpoint: str | Path, config: str | None = None, overrides: Sequence[str] = ()
+    checkpoint: str | Path, config: ConfigDict | str | None = None, overrides: Sequence[str] = ()
 ) -> Model:
     """Loads what a stage published.
 
     Args:
         checkpoint: its folder, <workdir>/<stage>/final.
-        config: path[:arguments]; default: the configuration stored with the checkpoint.
-        overrides: `--config.a.b=value` strings on top of either.
+        config: path[:arguments], or resolved; default: the configuration stored with the checkpoint.
+        overrides: `--config.a.b=value` strings on top of a path's or the stored configuration.
 
     Raises:
         UserError: no checkpoint is there, it is damaged, or it does not fit the configuration.
     """
     folder = Path(checkpoint)
-    if not (folder / METADATA_FILE).is_file():
-        raise UserError(
-            f"{folder} is no checkpoint of a finished stage (it has no {METADATA_FILE}); "
-            "run `make demo` for the demo's, or pass --checkpoint WORKDIR/STAGE/final of a training run"
-        )
-    try:
-        learnt, stored, metadata = load_tree(folder)
-    except (CheckpointError, FileNotFoundError) as error:
-        raise UserError(f"{error}; copy the checkpoint again") from error
-    if config is None:
-        resolved = apply_overrides(config_from_json(config_to_json(stored)), overrides)
-    else:
+    stored = checkpoint_config(folder)
+    if isinstance(config, str):
         resolved = load_config(config, overrides)
+    else:
+        resolved = apply_overrides(stored if config is None else config, overrides)
     assembly = assemble(resolved)
     try:
+        learnt, _, metadata = load_tree(folder)
+    except (CheckpointError, FileNotFoundError) as error:
+        raise UserError(f"{error}; copy the checkpoint again") from error
+    try:
         params, _ = assembly.parameters(learnt)
-    except ConfigError:
+    except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{folder} does not fit {config or 'its configuration'}: {error}") from error
+        raise UserError(f"{folder} does not fit the configuration: {error}") from error
     return Model(assembly, as_trained(params, learnt, resolved.frozen_dtype), metadata)
 
 

@@ -53,7 +53,7 @@ class LoraDense(nn.Module):
         y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
-            y = y + bias.astype(self.dtype)
+            y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.lora is not None and self.lora.rank > 0:
             a = self.param("lora_a", nn.initializers.he_uniform(), (width, self.lora.rank))
             b = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))

@@ -11,6 +11,7 @@ from its newest checkpoint and ends as it would have ended.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -40,7 +41,17 @@ from avlm_jax.config import (
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
 from avlm_jax.sharding import make_mesh, param_shardings, put_batch, shard_params, state_shardings
-from avlm_jax.state import TrainState, Tree, cast_frozen, describe, flatten, format_sizes, merge, split, unflatten
+from avlm_jax.state import (
+    TrainState,
+    Tree,
+    cast_frozen,
+    describe,
+    flatten,
+    format_sizes,
+    merge,
+    split,
+    unflatten,
+)
 from avlm_jax.writer import Console, MetricsWriter
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
@@ -65,6 +76,7 @@ class StageConfig:
         batch_size: samples per step over all devices.
         epochs: passes over the sources; used when steps is 0.
         steps: optimizer steps, or 0.
+        max_length: text positions, media included; 0 takes text.max_length. Captions need fewer than questions.
         parent: the stage whose result it begins from; empty for the first.
         optim: learning rate and the rest of AdamW.
     """
@@ -74,6 +86,7 @@ class StageConfig:
     batch_size: int
     epochs: float = 1.0
     steps: int = 0
+    max_length: int = 0
     parent: str = ""
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
@@ -120,7 +133,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
 
     loader = Loader(
         stage.sources,
-        assembly.builder(),
+        assembly.builder(max_length=stage.max_length),
         batch_size=stage.batch_size,
         seed=config.seed,
         process_index=jax.process_index(),
@@ -129,7 +142,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     )
     total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
     metadata = {"stage": name, "parent": parent_hash, "versions": versions()}
-    with loader, Checkpointer(workdir / name / "checkpoints") as checkpointer:
+    with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
         start = 0
         if (found := checkpointer.restore_latest(state)) is not None:
             state, data_state, _ = found
@@ -137,10 +150,25 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
         with MetricsWriter(workdir / name, resume_step=start or None) as writer:
-            state = loop(config, stage, state, frozen, step_fn, loader, checkpointer, writer, name, start, total, metadata)
+            state = loop(
+                config,
+                stage,
+                state,
+                frozen,
+                step_fn,
+                loader,
+                checkpointer,
+                writer,
+                name,
+                start,
+                total,
+                metadata,
+            )
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(jax.device_get(state.trainable)))
-    save_tree(workdir / name / "final", published, json.loads(config_to_json(config)), {**metadata, "steps": total})
+    save_tree(
+        workdir / name / "final", published, json.loads(config_to_json(config)), {**metadata, "steps": total}
+    )
 
 
 def loop(
@@ -201,7 +229,9 @@ def make_step(system: System, optim: OptimConfig, chunk: int) -> Step:
     """
     optimizer = make_optimizer(optim)
 
-    def step(state: TrainState, frozen: Tree, batch: dict[str, Array], lr: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, frozen: Tree, batch: dict[str, Array], lr: Array
+    ) -> tuple[TrainState, dict[str, Array]]:
         def loss_fn(trainable: Tree) -> tuple[Array, tuple[Array, Array]]:
             params = merge(trainable, frozen)
             total, count, hits = system.apply(
@@ -244,7 +274,9 @@ def check_same_run(config: ConfigDict, final: Path) -> None:
     ours, theirs = (flatten_json(c) for c in (json.loads(config_to_json(config)), made_by))
     # Which stages a command runs and how often it logs do not change what a stage is.
     free = ("stages", "log_every", "save_every", "loader")
-    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k.split(".")[0] not in free)
+    keys = sorted(
+        k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k.split(".")[0] not in free
+    )
     if keys:
         told = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
         raise ConfigError(f"{final} was made by another configuration ({told}); choose another --workdir")
@@ -252,7 +284,9 @@ def check_same_run(config: ConfigDict, final: Path) -> None:
 
 def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested JSON values as {"a.b.0": leaf}."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    )
     if items is None:
         return {prefix: value}
     return {k: v for key, item in items for k, v in flatten_json(item, f"{prefix}.{key}".lstrip(".")).items()}
@@ -269,7 +303,9 @@ def versions() -> dict[str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`avlm train`'s arguments."""
-    parser.description = "Train a system's stages in order; the same command continues a run that was stopped."
+    parser.description = (
+        "Train a system's stages in order; the same command continues a run that was stopped."
+    )
     parser.epilog = (
         "examples:\n"
         "  avlm train --config configs/savenvideo.py:size=demo --workdir runs/mine\n"
@@ -277,7 +313,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_config_arguments(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where stages leave metrics, checkpoints, results")
+    parser.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where stages leave metrics, checkpoints, results"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -286,5 +324,7 @@ def run(args: argparse.Namespace) -> int:
     enable_compilation_cache()
     begun = time.monotonic()
     finals = train(config, args.workdir)
-    print(f"{len(finals)} stages in {time.monotonic() - begun:.0f} s; the last one's result: {list(finals.values())[-1]}")
+    print(
+        f"{len(finals)} stages in {time.monotonic() - begun:.0f} s; the last one's result: {list(finals.values())[-1]}"
+    )
     return 0

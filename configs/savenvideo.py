@@ -34,11 +34,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
     return config.lock()
 
 
-def source(records: str, *tasks: str, modalities: tuple[str, ...] = ("video", "audio"), weight: float = 1.0) -> ConfigDict:
+def source(
+    records: str, *tasks: str, modalities: tuple[str, ...] = ("video", "audio"), weight: float = 1.0
+) -> ConfigDict:
     return ConfigDict({"records": records, "tasks": tasks, "modalities": modalities, "weight": weight})
 
 
-def stage(trainable: tuple[str, ...], sources: list[ConfigDict], *, lr: float, batch_size: int, **changes) -> ConfigDict:
+def stage(
+    trainable: tuple[str, ...], sources: list[ConfigDict], *, lr: float, batch_size: int, **changes
+) -> ConfigDict:
     """One stage. `steps` 0 means: as many as `epochs` passes over the sources take."""
     return ConfigDict(
         {
@@ -47,8 +51,16 @@ def stage(trainable: tuple[str, ...], sources: list[ConfigDict], *, lr: float, b
             "batch_size": batch_size,
             "epochs": 1.0,
             "steps": 0,
+            "max_length": 0,
             "parent": "",
-            "optim": {"lr": lr, "warmup_ratio": 0.03, "weight_decay": 0.0, "b1": 0.9, "b2": 0.999, "clip": 1.0},
+            "optim": {
+                "lr": lr,
+                "warmup_ratio": 0.03,
+                "weight_decay": 0.0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "clip": 1.0,
+            },
             **changes,
         }
     )
@@ -148,13 +160,22 @@ def full() -> ConfigDict:
                 ),
                 "2a": stage(
                     FINE_TUNE,
-                    [source("records/videoinstruct"), source("records/internvid"), source("records/vggsound")],
+                    [
+                        source("records/videoinstruct"),
+                        source("records/internvid"),
+                        source("records/vggsound"),
+                    ],
                     lr=2e-4,
                     batch_size=1024,
                     parent="1b",
                 ),
                 "2b": stage(
-                    FINE_TUNE, [source("records/saven_vid")], lr=2e-4, batch_size=1024, epochs=2.0, parent="2a"
+                    FINE_TUNE,
+                    [source("records/saven_vid")],
+                    lr=2e-4,
+                    batch_size=1024,
+                    epochs=2.0,
+                    parent="2a",
                 ),
             },
         }
@@ -166,13 +187,30 @@ def demo() -> ConfigDict:
     config = full()
     config.media.update({"image_size": 64, "window_frames": 128})
     config.model.vision.update(
-        {"image_size": 64, "patch_size": 16, "width": 96, "depth": 4, "mlp_dim": 192, "num_heads": 4, "dtype": "float32"}
+        {
+            "image_size": 64,
+            "patch_size": 16,
+            "width": 96,
+            "depth": 4,
+            "mlp_dim": 192,
+            "num_heads": 4,
+            "dtype": "float32",
+        }
     )
     config.model.audio.update(
-        {"width": 64, "depth": 3, "num_heads": 4, "mlp_dim": 128, "embed_dim": 64, "dtype": "float32"}
+        {
+            "width": 64,
+            "depth": 2,
+            "num_heads": 4,
+            "mlp_dim": 128,
+            "embed_dim": 64,
+            "conv_pos_kernel": 16,
+            "conv_pos_groups": 4,
+            "dtype": "float32",
+        }
     )
     config.model.avts.update(
-        {"num_queries": 64, "scope": "per_frame", "d_model": 128, "num_heads": 4, "dtype": "float32"}
+        {"num_queries": 16, "scope": "per_frame", "d_model": 128, "num_heads": 4, "dtype": "float32"}
     )
     config.model.llm.update(
         {
@@ -182,6 +220,7 @@ def demo() -> ConfigDict:
             "num_heads": 4,
             "num_kv_heads": 2,
             "mlp_dim": 384,
+            "rope_theta": 1e3,
             "tie_embeddings": True,
             "dtype": "float32",
             "remat": False,
@@ -189,26 +228,49 @@ def demo() -> ConfigDict:
     )
     config.model.llm.lora.update({"rank": 16, "alpha": 32.0, "dropout": 0.0})
     backbones = "avlm_jax/demo_backbones"
-    config.init.update({k: f"{backbones}/{v}" for k, v in (("vision", "siglip"), ("audio", "beats"), ("llm", "qwen2"))})
-    config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 224, "system": ""})
+    config.init.update(
+        {k: f"{backbones}/{v}" for k, v in (("vision", "siglip"), ("audio", "beats"), ("llm", "qwen2"))}
+    )
+    config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 160, "system": ""})
     config.update({"frozen_dtype": "float32", "log_every": 1, "save_every": 25, "loss_chunk": 64})
     config.mesh.update({"data": -1, "fsdp": 1})
     records = "runs/demo/records/train"
-    short = {"batch_size": 16, "epochs": 1.0}
     config.stage = ConfigDict(
         {
             "1a": stage(
                 ALIGN_VISUAL,
                 [source(records, "visual_caption", modalities=("video",))],
-                **short | {"lr": 2e-3, "steps": 120},
+                lr=2e-3,
+                batch_size=16,
+                steps=150,
+                max_length=72,
             ),
-            "1b": stage(ALIGN_AUDIO, [source(records, "audio_caption", modalities=("audio",))], **short | {"lr": 2e-3, "steps": 100, "parent": "1a"}),
+            "1b": stage(
+                ALIGN_AUDIO,
+                [source(records, "audio_caption", modalities=("audio",))],
+                lr=2e-3,
+                batch_size=16,
+                steps=100,
+                max_length=64,
+                parent="1a",
+            ),
             "2a": stage(
                 FINE_TUNE,
                 [source(records, "av_caption"), source(records, "open_qa")],
-                **short | {"lr": 1e-3, "steps": 150, "parent": "1b"},
+                lr=1e-3,
+                batch_size=16,
+                steps=250,
+                max_length=120,
+                parent="1b",
             ),
-            "2b": stage(FINE_TUNE, [source(records, "mcq", "mcq_extra")], **short | {"lr": 1e-3, "steps": 150, "parent": "2a"}),
+            "2b": stage(
+                FINE_TUNE,
+                [source(records, "mcq", "mcq_extra")],
+                lr=1e-3,
+                batch_size=16,
+                steps=200,
+                parent="2a",
+            ),
         }
     )
     return config

@@ -253,7 +253,8 @@ def _read_packets(
         raise MediaError(path, f"cannot be read beyond {max(last, 0.0):.3f} s ({error.strerror})") from None
     missing = announced - (last - min(first, 0.0))
     if missing > max(MISSING_SECONDS, MISSING_FRACTION * announced):
-        reason = f"its header announces {announced:.3f} s but the data end at {last:.3f} s (truncated file)"
+        reached = max(last, 0.0)
+        reason = f"its header announces {announced:.3f} s, its data end at {reached:.3f} s (truncated file)"
         raise MediaError(path, reason)
     for track in tracks.values():
         track.times = array("d", sorted(track.times))  # B-frames are stored out of order

@@ -1,8 +1,8 @@
 """From a conversation to token ids and a label mask.
 
 Ids are built segment by segment: a template says which pieces of text, control tokens and media tokens follow
-each other and which of them are to be learnt; each piece becomes ids on its own. Nothing is tokenised twice, so
-no mask can slip, and text written by others can never turn into a control token.
+each other and which are to be learnt; each piece becomes ids on its own. Nothing is tokenised twice, so no
+mask can slip, and text written by others can never turn into a control token.
 """
 
 from __future__ import annotations
@@ -158,14 +158,15 @@ class ChatMLTemplate:
     newline is harmless (generation stops at <|im_end|>) and keeps the losses comparable with theirs.
 
     Attributes:
-        system: default system text (Qwen2's own).
+        system: default system text (Qwen2's own); empty for no system turn at all.
     """
 
     system: str = "You are a helpful assistant."
     end_of_turn: ClassVar[str] = "<|im_end|>"
 
     def opening(self, system: str | None) -> list[Piece]:
-        return self._turn("system", [Text(self.system if system is None else system)])
+        text = self.system if system is None else system
+        return self._turn("system", [Text(text)]) if text else []
 
     def round(self, turns: Round) -> list[Piece]:
         pieces = self._turn("user", turns.question)
@@ -195,6 +196,9 @@ def make_template(name: str, **fields: Any) -> Template:
 def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerFast:
     """The tokenizer in a local Hugging Face folder; nothing is downloaded and no code of the folder is run.
 
+    tokenizer.json is taken as it stands. AutoTokenizer of transformers 5 goes by config.json's model_type instead and puts
+    Qwen2's own normaliser and word pattern in the place of the file's.
+
     Raises:
         UserError: the folder holds no tokenizer.json.
     """
@@ -205,9 +209,9 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerFast
         )
     # transformers advises to install torch on import; this project does without it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
 def find_media_token_id(tokenizer: PreTrainedTokenizerFast, vocab_rows: int) -> int:

@@ -47,6 +47,8 @@ __all__ = [
 ]
 
 GAP_SECONDS = 0.1  # A hole this long between audio timestamps is real: a player is silent. Less is rounding.
+STRICT_GAP_SECONDS = 0.005  # The same for codecs that number their samples; Matroska rounds to 0.001 s.
+TIME_DIGITS = 9  # Decimals of a second that are kept: a sample at 16 kHz is a multiple of 0.0000625 s.
 SAME_TIME = 1e-6  # s; timestamps are rationals with denominators up to 90,000 and more, compared as floats.
 
 # Exact YCbCr to RGB, the same on every CPU. FFmpeg's default is faster and darker by half a level to one.
@@ -217,12 +219,15 @@ def load_media(
     if not starts:
         raise MediaError(path, "its sound is shorter than 25 ms, one filterbank frame, and it has no picture")
     start = min(starts)
-    windows = [(a - start, b - start, samples) for a, b, samples in audio.windows] if audio else []
+    cut = audio.windows if audio else []
     return LoadedMedia(
         frames=np.stack(frames) if frames else empty,
-        frame_times=np.asarray(times, np.float64) - start,
-        windows=windows,
-        duration=max(ends) - start,
+        frame_times=np.round(np.asarray(times, np.float64) - start, TIME_DIGITS),
+        windows=[
+            (round(begin - start, TIME_DIGITS), round(end - start, TIME_DIGITS), samples)
+            for begin, end, samples in cut
+        ],
+        duration=round(max(ends) - start, TIME_DIGITS),
     )
 
 
@@ -350,6 +355,7 @@ def _mono_16k(
     """
     resampler, setup = None, None
     start, written, expected = None, 0, 0.0
+    strict = container.streams[index].codec_context.name in STRICT_CODECS
 
     def drain(frame: av.AudioFrame | None) -> Iterator[tuple[int, np.ndarray, float]]:
         nonlocal written
@@ -363,10 +369,8 @@ def _mono_16k(
         if start is None:
             start = expected = frame.time if frame.time is not None else 0.0
         time = expected if frame.time is None else frame.time
-        if time - expected > GAP_SECONDS and container.streams[index].codec_context.name in STRICT_CODECS:
-            raise MediaError(
-                path, f"its sound is damaged, {time - expected:.3f} s are missing at {expected:.3f} s"
-            )
+        if strict and (frame.time is None or abs(time - expected) > STRICT_GAP_SECONDS):
+            raise MediaError(path, f"its sound is damaged at {expected:.3f} s, samples are missing")
         now = (frame.sample_rate, frame.format.name, frame.layout.nb_channels, frame.layout.name)
         if now != setup or time - expected > GAP_SECONDS:
             if resampler is not None:

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-PLAIN_LINE_SECONDS = 15.0  # How often a non-terminal gets a line: enough to see life, not enough to drown a log.
+PLAIN_LINE_SECONDS = (
+    15.0  # How often a non-terminal gets a line: enough to see life, not enough to drown a log.
+)
 
 
 def track(iterable: Iterable[T], total: int | None = None, label: str = "", unit: str = "it") -> Iterator[T]:

@@ -23,7 +23,9 @@ class Batch(TypedDict, total=False):
     frame_times: np.ndarray  # f32 [b t], seconds from the start of the media
     frame_mask: np.ndarray  # bool [b t]
     audio: np.ndarray  # f32 [b w s], 16 kHz mono in [-1, 1]
-    audio_spans: np.ndarray  # f32 [b w 2], seconds; end - start = valid audio of the window, the rest is padding
+    audio_spans: (
+        np.ndarray
+    )  # f32 [b w 2], seconds; end - start = valid audio of the window, the rest is padding
     audio_mask: np.ndarray  # bool [b w]
     intervals: np.ndarray  # f32 [b i 2], seconds: the times the question names, or [0, duration]
     interval_mask: np.ndarray  # bool [b i]
@@ -103,4 +105,6 @@ def check_batch(batch: Batch, spec: MediaSpec, batch_size: int, length: int) -> 
         shape, dtype = expected[key]
         value = batch[key]
         if value.shape != shape or value.dtype != dtype:
-            raise ValueError(f"batch[{key!r}] is {value.dtype}{list(value.shape)}, expected {dtype}{list(shape)}")
+            raise ValueError(
+                f"batch[{key!r}] is {value.dtype}{list(value.shape)}, expected {dtype}{list(shape)}"
+            )

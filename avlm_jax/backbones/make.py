@@ -1,9 +1,9 @@
 """`avlm demo --make-backbones`: trains the three stand-ins and writes them as released weights are written.
 
-    <out>/siglip  config.json, model.safetensors (Hugging Face SiglipVisionModel)
-    <out>/beats   config.json (the checkpoint's cfg), model.safetensors (unilm's names)
-    <out>/qwen2   config.json, model.safetensors, tokenizer (Hugging Face Qwen2)
-    <out>/training_log.jsonl, <out>/hashes.json
+<out>/siglip  config.json, model.safetensors (Hugging Face SiglipVisionModel)
+<out>/beats   config.json (the checkpoint's cfg), model.safetensors (unilm's names)
+<out>/qwen2   config.json, model.safetensors, tokenizer (Hugging Face Qwen2)
+<out>/training_log.jsonl, <out>/hashes.json
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ PARTS = ("vision", "audio", "language")
 class Recipes:
     """The three recipes; the defaults made the shipped backbones."""
 
-    vision: PerceptionRecipe = PerceptionRecipe(steps=2000, batch_size=64)
-    audio: PerceptionRecipe = PerceptionRecipe(steps=1500, batch_size=32)
+    vision: PerceptionRecipe = PerceptionRecipe(steps=1500, batch_size=64)
+    audio: PerceptionRecipe = PerceptionRecipe(steps=1000, batch_size=32)
     language: LanguageRecipe = LanguageRecipe()
 
 
-def make_backbones(config: ConfigDict, out: Path, recipes: Recipes = Recipes(), parts: tuple[str, ...] = PARTS) -> None:
+def make_backbones(
+    config: ConfigDict, out: Path, recipes: Recipes = Recipes(), parts: tuple[str, ...] = PARTS
+) -> None:
     """Trains `parts` at the sizes of `config` and writes them below `out`; a part's folder and log lines are replaced.
 
     Args:

@@ -8,9 +8,10 @@ tokens of the last layer but one, the audio time steps), which is where a resamp
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ class PerceptionRecipe:
     """How an encoder is trained; the defaults are what made the shipped ones."""
 
     seed: int = 0
-    steps: int = 2000
+    steps: int = 1500
     batch_size: int = 64
     lr: float = 2e-3
     warmup: int = 100
@@ -91,11 +92,17 @@ def fit(
     params: dict,
     batch_at: Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray]],
     loss_fn: Callable[[dict, Array, Array], tuple[Array, Array]],
-    label: str,
+    log: Callable[[dict], None],
+    part: str,
     log_every: int = 50,
-) -> Iterator[tuple[dict, dict | None]]:
-    """Adam on `loss_fn(params, inputs, labels) -> (loss, accuracy)`; yields (params, log line or None) after every step."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.lr, recipe.warmup, recipe.steps, recipe.lr * 0.02)
+) -> dict:
+    """Minimises `loss_fn(params, inputs, labels) -> (loss, accuracy)` with AdamW; returns the parameters.
+
+    `log` gets a line of averages every `log_every` steps; step n's data are drawn from (seed, n).
+    """
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, recipe.lr, recipe.warmup, recipe.steps, recipe.lr * 0.02
+    )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
     @jax.jit
@@ -106,24 +113,24 @@ def fit(
 
     state = optimizer.init(params)
     begun = time.monotonic()
-    sums = np.zeros(2)
+    recent: list[tuple[float, float]] = []
     for number in range(1, recipe.steps + 1):
         inputs, labels = batch_at(np.random.default_rng([recipe.seed, 0xE4C0, number]))
         params, state, loss, accuracy = step(params, state, inputs, labels)
-        sums += (float(loss), float(accuracy))
-        line = None
+        recent.append((float(loss), float(accuracy)))
         if number % log_every == 0 or number == recipe.steps:
-            count = log_every if number % log_every == 0 else number % log_every
-            loss_mean, accuracy_mean = sums / count
-            line = {
-                "part": label,
-                "step": number,
-                "loss": round(loss_mean, 4),
-                "accuracy": round(accuracy_mean, 4),
-                "seconds": round(time.monotonic() - begun, 1),
-            }
-            sums[:] = 0
-        yield params, line
+            loss_mean, accuracy_mean = np.mean(recent, axis=0)
+            log(
+                {
+                    "part": part,
+                    "step": number,
+                    "loss": round(float(loss_mean), 4),
+                    "accuracy": round(float(accuracy_mean), 4),
+                    "seconds": round(time.monotonic() - begun, 1),
+                }
+            )
+            recent = []
+    return params
 
 
 def encoder_part(tower: dict, depth: int) -> dict:
@@ -156,12 +163,8 @@ def train_vision(recipe: PerceptionRecipe, config: SiglipConfig, log: Callable[[
         loss = sum(optax.sigmoid_binary_cross_entropy(x, labels).sum(-1).mean() for x in (logits, tags))
         return loss, jnp.mean(jnp.all((tags > 0) == labels, axis=-1))
 
-    for params, line in fit(
-        recipe, params, lambda rng: visual_batch(rng, recipe.batch_size, config.image_size), loss_fn, "vision"
-    ):
-        if line:
-            log(line)
-    return params["tower"]
+    draw = functools.partial(visual_batch, size=recipe.batch_size, image_size=config.image_size)
+    return fit(recipe, params, draw, loss_fn, log, "vision")["tower"]
 
 
 def train_audio(
@@ -184,9 +187,5 @@ def train_audio(
         loss = optax.sigmoid_binary_cross_entropy(logits, labels).sum(-1).mean()
         return loss, jnp.mean(jnp.all((logits > 0) == labels, axis=-1))
 
-    for params, line in fit(
-        recipe, params, lambda rng: audio_batch(rng, recipe.batch_size, window_frames), loss_fn, "audio"
-    ):
-        if line:
-            log(line)
-    return params
+    draw = functools.partial(audio_batch, size=recipe.batch_size, window_frames=window_frames)
+    return fit(recipe, params, draw, loss_fn, log, "audio")

@@ -35,8 +35,9 @@ class AvtsConfig:
         num_layers, d_model, num_heads, mlp_ratio: of the decoder. d_model 0 means the language model's width.
         attention: "mha" projected and scaled; "plain" the paper's literal Eq. 2-3: no projections, no scale.
         type_embed: a learned vector per modality, zero at first, added to keys: else nothing tells visual from audio.
-        visual_pool: "none", or "bilinear2": the patch grid halved (rounded up) as LLaVA-OneVision does for video.
-        freq_pool: "mean" over the mel rows of an audio time step, or "none".
+        visual_pool: "none"; "bilinear2": the patch grid halved (rounded up) as LLaVA-OneVision does for video;
+            "frame": one token a frame, the mean of its patches.
+        freq_pool: "mean" over the mel rows of an audio time step; "none"; "window": one token a window, the mean of all.
         dtype: of activations and matrix products.
     """
 
@@ -58,14 +59,16 @@ class AvtsConfig:
             "resampler": ("avts", "mlp"),
             "scope": ("global", "per_frame"),
             "attention": ("mha", "plain"),
-            "visual_pool": ("none", "bilinear2"),
-            "freq_pool": ("mean", "none"),
+            "visual_pool": ("none", "bilinear2", "frame"),
+            "freq_pool": ("mean", "none", "window"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"avts.{name} is {getattr(self, name)!r}; use one of {', '.join(values)}")
         if self.d_model % self.num_heads:
-            raise ValueError(f"avts.d_model {self.d_model} does not divide by avts.num_heads {self.num_heads}")
+            raise ValueError(
+                f"avts.d_model {self.d_model} does not divide by avts.num_heads {self.num_heads}"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -118,15 +121,21 @@ class PositionedAttention(nn.Module):
         if c.attention == "plain":  # Eq. 2-3 to the letter: softmax(q . k) v over the raw vectors.
             heads, scale = 1, 1.0
         else:
-            q, k, v = (nn.Dense(self.width, dtype=c.dtype, name=n)(y) for n, y in (("q", q), ("k", k), ("v", v)))
+            q, k, v = (
+                nn.Dense(self.width, dtype=c.dtype, name=n)(y) for n, y in (("q", q), ("k", k), ("v", v))
+            )
             heads, scale = c.num_heads, (self.width // c.num_heads) ** -0.5
 
         def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], heads, self.width // heads)
 
-        if self.is_mutable_collection("intermediates"):  # For pictures of what a query looks at: mean over heads.
+        if self.is_mutable_collection(
+            "intermediates"
+        ):  # For pictures of what a query looks at: mean over heads.
             logits = jnp.einsum("bmhd,bkhd->bhmk", split(q), split(k)).astype(jnp.float32) * scale
-            self.sow("intermediates", "weights", jax.nn.softmax(jnp.where(mask[:, None], logits, MASKED)).mean(1))
+            self.sow(
+                "intermediates", "weights", jax.nn.softmax(jnp.where(mask[:, None], logits, MASKED)).mean(1)
+            )
         y = attention(split(q), split(k), split(v), mask=mask[:, None], scale=scale).reshape(x.shape)
         return y if c.attention == "plain" else nn.Dense(self.width, dtype=c.dtype, name="o")(y)
 
@@ -156,7 +165,7 @@ def half_grid(features: Float[Array, "b t p e"], grid: int) -> Float[Array, "b t
     return jax.image.resize(square, (b * t, side, side, e), "bilinear").reshape(b, t, side * side, e)
 
 
-def share_of(seconds: Float[Array, "b k"], duration: Float[Array, "b"], groups: int) -> Int[Array, "b k"]:
+def share_of(seconds: Float[Array, "b k"], duration: Float[Array, b], groups: int) -> Int[Array, "b k"]:
     """Which of `groups` equal shares of the duration a time falls into, 0..groups-1; 0 for an image."""
     relative = seconds / jnp.maximum(duration, 1e-6)[:, None]
     return jnp.clip(jnp.floor(relative * groups), 0, groups - 1).astype(jnp.int32)
@@ -176,7 +185,7 @@ class Resampler(nn.Module):
 
     @nn.compact
     def __call__(
-        self, visual: Tokens, audio: Tokens, time: Tokens, duration: Float[Array, "b"]
+        self, visual: Tokens, audio: Tokens, time: Tokens, duration: Float[Array, b]
     ) -> tuple[Float[Array, "b n o"], Bool[Array, "b n"]]:
         """Media tokens and which of them mean anything: a token that could read no picture and no sound is masked.
 
@@ -195,7 +204,9 @@ class Resampler(nn.Module):
             return nn.Dense(self.out_width, dtype=c.dtype, name="out")(keys), mask
         keys, keys_pos = self._position(keys, kinds)
         x, x_pos, readable = self._queries(kinds, duration)
-        is_media = jnp.concatenate([jnp.broadcast_to(i < 2, t.mask.shape) for i, t in enumerate(kinds)], axis=1)
+        is_media = jnp.concatenate(
+            [jnp.broadcast_to(i < 2, t.mask.shape) for i, t in enumerate(kinds)], axis=1
+        )
         cross_mask = readable & mask[:, None, :]
         valid = jnp.any(cross_mask & is_media[:, None, :], axis=-1)
         self_mask = valid[:, None, :] & jnp.ones((1, x.shape[1], 1), bool)
@@ -239,23 +250,72 @@ class Resampler(nn.Module):
         moments = (jnp.arange(self.groups) + 0.5)[None] / self.groups * duration[:, None]
         pos = jnp.repeat(seconds_code(moments, self.width), slots, axis=1) + learnt_pos
         shares = [share_of(t.seconds, duration, self.groups) for t in kinds[:2]]
-        own = jnp.repeat(jnp.arange(self.groups), slots)[None, :, None] == jnp.concatenate(shares, axis=1)[:, None, :]
+        own = (
+            jnp.repeat(jnp.arange(self.groups), slots)[None, :, None]
+            == jnp.concatenate(shares, axis=1)[:, None, :]
+        )
         times = jnp.ones((b, c.num_queries, kinds[2].seconds.shape[1]), bool)
         x = jnp.broadcast_to(x, (b, c.num_queries, self.width))
         return x.astype(c.dtype), pos, jnp.concatenate([own, times], axis=2)
 
 
-def num_media_tokens(config: AvtsConfig, *, frames: int, grid: int, audio_tokens: int, time_tokens: int) -> int:
+def pooled_grid(grid: int, pool: str) -> int:
+    """Visual tokens per side of a frame after `AvtsConfig.visual_pool`."""
+    return {"none": grid, "bilinear2": -(-grid // 2), "frame": 1}[pool]
+
+
+def pool_patches(features: Float[Array, "b t p e"], grid: int, pool: str) -> Float[Array, "b t q e"]:
+    """The patches of each frame after `AvtsConfig.visual_pool`."""
+    if pool == "bilinear2":
+        return half_grid(features, grid)
+    return features.mean(axis=2, keepdims=True) if pool == "frame" else features
+
+
+def pool_audio(
+    features: Float[Array, "b w n r e"],
+    mask: Bool[Array, "b w n r"],
+    seconds: Float[Array, "b w n"],
+    pool: str,
+) -> tuple[Float[Array, "b k e"], Bool[Array, "b k"], Float[Array, "b k"]]:
+    """Audio tokens after `AvtsConfig.freq_pool`: (features, mask, seconds); only valid tokens enter a mean.
+
+    Args:
+        features: w windows of n time steps of r mel rows.
+        mask, seconds: which tokens are sound, and when a step is.
+        pool: "none", "mean" or "window".
+    """
+    b, rows = features.shape[0], features.shape[3]
+    if pool == "none":
+        return (
+            features.reshape(b, -1, features.shape[-1]),
+            mask.reshape(b, -1),
+            jnp.repeat(seconds.reshape(b, -1), rows, axis=1),
+        )
+    axes = (3,) if pool == "mean" else (2, 3)
+    count = jnp.maximum(mask.sum(axis=axes), 1)[..., None].astype(features.dtype)
+    pooled = jnp.where(mask[..., None], features, 0).sum(axis=axes) / count
+    steps = mask.any(axis=3)
+    if pool == "window":
+        weight = jnp.maximum(steps.sum(axis=2), 1).astype(seconds.dtype)
+        seconds = jnp.where(steps, seconds, 0.0).sum(axis=2) / weight
+        steps = steps.any(axis=2)
+    return pooled.reshape(b, -1, features.shape[-1]), steps.reshape(b, -1), seconds.reshape(b, -1)
+
+
+def num_media_tokens(
+    config: AvtsConfig, *, frames: int, grid: int, windows: int, steps: int, rows: int, time_tokens: int
+) -> int:
     """n, the length of the media run in the prompt.
 
     Args:
         config: the resampler.
-        frames: t; grid: patches per side of a frame; audio_tokens: of all windows after freq_pool; time_tokens: of TLP.
+        frames: t; grid: patches per side of a frame; windows: w, of `steps` time steps of `rows` mel rows each;
+        time_tokens: of the Temporal Linear Projection.
     """
     if config.resampler == "avts":
         return config.num_queries
-    side = -(-grid // 2) if config.visual_pool == "bilinear2" else grid
-    return frames * side * side + audio_tokens + time_tokens
+    per_window = {"none": steps * rows, "mean": steps, "window": 1}[config.freq_pool]
+    return frames * pooled_grid(grid, config.visual_pool) ** 2 + windows * per_window + time_tokens
 
 
 def patch_places(grid: int, width: int) -> jax.Array:

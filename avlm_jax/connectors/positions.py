@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 SHORTEST_PERIOD, LONGEST_PERIOD = 1.0, 7200.0  # seconds: from one frame a second to a two-hour film.
 
 
-def geometric_periods(count: int, shortest: float = SHORTEST_PERIOD, longest: float = LONGEST_PERIOD) -> np.ndarray:
+def geometric_periods(
+    count: int, shortest: float = SHORTEST_PERIOD, longest: float = LONGEST_PERIOD
+) -> np.ndarray:
     """`count` periods from `shortest` to `longest` in equal ratios, f64 [count]."""
     return np.geomspace(shortest, longest, count)
 

@@ -44,7 +44,7 @@ class TemporalLinearProjection(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, seconds: Float[Array, "b n"], duration: Float[Array, "b"]) -> Float[Array, "b n d"]:
+    def __call__(self, seconds: Float[Array, "b n"], duration: Float[Array, b]) -> Float[Array, "b n d"]:
         """fp32 tokens; `duration` in seconds makes the relative part t/D (0 for an image, whose duration is 0)."""
         c = self.config
         if c.f == "table":
@@ -56,10 +56,14 @@ class TemporalLinearProjection(nn.Module):
         elif c.f == "seconds":
             features = seconds[..., None]
         else:
-            features = jnp.concatenate([relative[..., None], sinusoid(seconds, geometric_periods(c.periods))], -1)
+            features = jnp.concatenate(
+                [relative[..., None], sinusoid(seconds, geometric_periods(c.periods))], -1
+            )
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (features.shape[-1], self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
-        return features.astype(jnp.float32) @ kernel.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
+        return (
+            features.astype(jnp.float32) @ kernel.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
+        )
 
 
 def time_tokens(batch: dict[str, jax.Array], source: str) -> tuple[Float[Array, "b n"], jax.Array]:

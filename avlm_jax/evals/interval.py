@@ -15,9 +15,9 @@ def cluster_interval(
 ) -> tuple[list[float] | None, str]:
     """The 95 % interval of sum(hits) / len(hits).
 
-    Whole clusters are drawn with replacement (percentile bootstrap). Where that cannot vary (one cluster, or every item
-    right or every item wrong) it would claim certainty; there Wilson's score interval is taken, with the number of
-    clusters as the size of the sample.
+    Whole clusters are drawn with replacement (percentile bootstrap). Where that cannot vary (one cluster, or
+    every item right or every item wrong) it would claim certainty; there Wilson's score interval is taken,
+    with the number of clusters as the size of the sample.
 
     Args:
         hits: per item, whether it is right.
@@ -48,4 +48,7 @@ def _wilson(share: float, count: int) -> list[float]:
     centre = share + Z95**2 / (2 * count)
     spread = Z95 * np.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
     scale = 1 + Z95**2 / count
-    return [float(max(0.0, (centre - spread) / scale)), float(min(1.0, (centre + spread) / scale))]
+    # Its ends at 0 and 1 are exact, up to rounding.
+    low = 0.0 if share == 0 else (centre - spread) / scale
+    high = 1.0 if share == 1 else (centre + spread) / scale
+    return [float(low), float(high)]

@@ -1,4 +1,4 @@
-"""Multiple choice: which letter a response names, and how many are right. Pure functions of predictions and references."""
+"""Multiple choice: which letter a response names, and how many are right; pure functions, no model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Extractor = Callable[[str, Sequence[str]], str | None]
 
 
 def extract_official(response: str, options: Sequence[str] = ()) -> str | None:
-    """Video-MME's rule: the first capital A, B, C or D anywhere in the response (eval_your_results.py, parse_answer
-    0379c42: "Answer: C" is an A).
+    """Video-MME's rule: the first capital A, B, C or D anywhere (eval_your_results.py of
+    deeplearning-LI/parse_answer 0379c42), so that "Answer: C" is an A.
 
-    That script first deletes phrases such as "The best answer is" and refuses long responses without a letter; neither
-    phrase holds a capital A-D, so neither step can change which letter comes first.
+    That script first deletes phrases such as "The best answer is" and refuses long responses without a
+    letter; neither phrase holds a capital A-D, so neither step can change which letter comes first.
     """
     found = re.search("[ABCD]", response)
     return found.group() if found else None
@@ -35,46 +35,45 @@ _PHRASE = re.compile(
 )
 _LEADING = re.compile(r"^[(\[*_`]*([A-H])(?:[)\]*_`]+[.:]?|[.:])(?=\s|$)")
 _TRAILING = re.compile(r"[(\[]([A-H])[)\]][.!*_`\"']*$")
-# A alone is an article far too often, and I is not among the letters.
-_ALONE = re.compile(r"(?<![\w'’])([B-H])(?![\w'’])")
+_ALONE = re.compile(r"(?<![\w'’])([A-H])(?![\w'’])")
+# "a man", "A dog barks", but not "A because ..." or "A or B".
+_ARTICLE = re.compile(r"[Aa]\s+(?!(?:because|since|as|or|and|is|seems|which)\b)\w")
 _NEGATED = re.compile(r"\b(?:not|isn't|never|nor|neither)\W+(?:\w+\W+){0,2}$", re.IGNORECASE)
 
 
 def extract_strict(response: str, options: Sequence[str] = ()) -> str | None:
     """This project's rule: the one letter that the response states as its answer, or None.
 
-    In this order, and the first kind of statement that is found decides: the response is a letter; "answer (option,
-    choice) is X", "answer: X"; it begins with "X." or "(X)", or ends in "(X)"; it is one option word for word; it holds
-    one lone capital B-H. A kind of statement that names two letters is no answer, nor is a negated one.
+    In this order, and the first kind of statement that is found decides: the response is a letter; "answer
+    (option, choice) is X", "answer: X"; it begins with "X." or "(X)", or ends in "(X)"; it is one option word
+    for word; it holds one capital that stands alone and is no article. A kind of statement that names two
+    letters is no answer, nor is a negated one.
 
     Args:
         response: of the model.
-        options: their texts; letters beyond them do not count. Empty: four options, not compared with the text.
+        options: their texts; letters beyond them do not count. Empty: four options, not compared with the
+            text.
     """
     text = response.strip()
     letters = LETTERS[: len(options) or 4]
     if whole := _WHOLE.match(text):
         letter = whole.group(1).upper()
         return letter if letter in letters else None
-    places = [
-        [m for m in _PHRASE.finditer(text) if _is_stated(m, text)],
-        [*_LEADING.finditer(text), *_TRAILING.finditer(text)],
-    ]
-    for matches in places:
+    phrases = [match for match in _PHRASE.finditer(text) if _is_stated(match, text)]
+    for matches in (phrases, [*_LEADING.finditer(text), *_TRAILING.finditer(text)]):
         if matches:
             return _one({m.group(1).upper() for m in matches}, letters)
-    same = [letter for letter, option in zip(letters, options, strict=False) if _plain(option) == _plain(text)]
+    same = [
+        letter for letter, option in zip(letters, options, strict=False) if _plain(option) == _plain(text)
+    ]
     if text and len(same) == 1:
         return same[0]
-    alone = [m for m in _ALONE.finditer(text) if not _NEGATED.search(text[: m.start()])]
-    other = re.search(r"(?<![\w'’])A(?=\s*(?:$|[.,:;)]))", text)  # "A or B": this A is no article.
-    return _one({m.group(1) for m in alone} | ({"A"} if other else set()), letters)
+    return _one({m.group(1) for m in _ALONE.finditer(text) if _is_stated(m, text)}, letters)
 
 
 def _is_stated(match: re.Match[str], text: str) -> bool:
-    # "the answer a man gives": a lower-case a behind a blank is a word.
-    if match.group(1) in "ai" or (match.group(1) == "A" and re.match(r"\s+[a-z]", text[match.end() :])):
-        return not re.match(r"\s+\w", text[match.end() :])
+    if match.group(1) in ("A", "a") and _ARTICLE.match(text, match.start(1)):
+        return False
     return not _NEGATED.search(text[: match.start()])
 
 
@@ -104,15 +103,16 @@ def score_multiple_choice(
         predictions: at most one per item, for items of `references` only.
         references: the right answers.
         protocol: how a letter is found in a response: "official" or "strict".
-        missing: items without a prediction: "error", "zero" (wrong, counted), "skip" (left out of the total). Video-MME's
-            own script asserts that every video is there.
+        missing: items without a prediction: "error", "zero" (wrong, counted), "skip" (left out of the total).
+            Video-MME's own script asserts that every video is there.
         seed: of the bootstrap.
 
     Returns:
-        protocol, missing_policy; counts total, answered (a letter was found), unparsed (a response without one),
-        missing, errors (a prediction without a response), correct; accuracy = correct / total, so that unanswered counts
-        as wrong; accuracy_answered = correct / answered, Video-MME's own number; ci95 of accuracy and how it was made;
-        videos; by_type: the same counts per type of question. Shares are 0..1, None where nothing was counted.
+        protocol, missing_policy; counts total, answered (a letter was found), unparsed (a response without
+        one), missing, errors (a prediction without a response), correct; accuracy = correct / total, so that
+        unanswered counts as wrong; accuracy_answered = correct / answered, Video-MME's own number; ci95 of
+        accuracy and how it was made; videos; by_type: the same counts per type of question. Shares are 0..1,
+        None where nothing was counted.
 
     Raises:
         PredictionError: a prediction of an unknown item, or a missing one under "error".
@@ -127,14 +127,14 @@ def score_multiple_choice(
     unknown = given.keys() - {reference.item_key for reference in known}
     if unknown:
         raise PredictionError(
-            f"{len(unknown)} predictions are of items that the references lack, the first is {min(unknown)!r}; "
-            "score them against the references of the same items"
+            f"{len(unknown)} predictions are of items that the references lack, the first is "
+            f"{min(unknown)!r}; score them against the references of the same items"
         )
     absent = [reference.item_key for reference in known if reference.item_key not in given]
     if absent and missing == "error":
         raise PredictionError(
-            f"{len(absent)} of {len(known)} items have no prediction, the first is {absent[0]!r}; answer them, or choose "
-            "--missing zero (counted as wrong) or --missing skip (left out)"
+            f"{len(absent)} of {len(known)} items have no prediction, the first is {absent[0]!r}; answer "
+            "them, or choose --missing zero (counted as wrong) or --missing skip (left out)"
         )
     judged = [(reference, *_judge(given.get(reference.item_key), reference, protocol)) for reference in known]
     report: dict[str, Any] = {"protocol": protocol, "missing_policy": missing}
@@ -164,6 +164,7 @@ def _count(judged: Sequence[tuple[Reference, str, bool]], missing: str, seed: in
         [right for *_, right in counted], [reference.video_id for reference, *_ in counted], seed=seed
     )
     return {
+        "n": len(counted),
         "total": len(counted),
         "answered": answered,
         "unparsed": fates.count("unparsed"),
@@ -180,11 +181,23 @@ def _count(judged: Sequence[tuple[Reference, str, bool]], missing: str, seed: in
 
 def format_report(report: Mapping[str, Any], title: str = "") -> str:
     """The report as a table: overall and by type, counts beside every share."""
-    head = ("", "accuracy", "95 % interval", "correct/answered", "total", "answered", "unparsed", "missing", "errors")
+    head = (
+        "",
+        "accuracy",
+        "95 % interval",
+        "correct/answered",
+        "total",
+        "answered",
+        "unparsed",
+        "missing",
+        "errors",
+    )
     rows = [head]
     named = {"all": report, **{f"type {kind}": part for kind, part in report["by_type"].items()}}
     for name, part in named.items():
-        interval = "-" if part["ci95"] is None else f"{100 * part['ci95'][0]:.1f} - {100 * part['ci95'][1]:.1f}"
+        interval = (
+            "-" if part["ci95"] is None else f"{100 * part['ci95'][0]:.1f} - {100 * part['ci95'][1]:.1f}"
+        )
         shares = [percent(part["accuracy"]), interval, percent(part["accuracy_answered"])]
         rows.append((name, *shares, *(str(part[key]) for key in head[4:])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -195,8 +208,14 @@ def format_report(report: Mapping[str, Any], title: str = "") -> str:
         )
         for row in rows
     ]
-    top = f"{title + ': ' if title else ''}multiple choice, protocol {report['protocol']}, {report['videos']} videos"
-    return "\n".join([top, *lines, f"accuracy = correct/total; interval: {report['ci95_method']}"])
+    top = f"multiple choice, protocol {report['protocol']}, {report['videos']} videos"
+    return "\n".join(
+        [
+            f"{title}: {top}" if title else top,
+            *lines,
+            f"accuracy = correct/total; interval: {report['ci95_method']}",
+        ]
+    )
 
 
 def percent(share: float | None) -> str:

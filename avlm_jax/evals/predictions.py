@@ -70,7 +70,9 @@ class Reference:
     def __post_init__(self) -> None:
         letters = "ABCDEFGH"[: len(self.options)]
         if len(self.options) < 2 or len(self.answer) != 1 or self.answer not in letters:
-            raise ValueError(f"answer {self.answer!r} is no letter of {len(self.options)} options ({letters})")
+            raise ValueError(
+                f"answer {self.answer!r} is no letter of {len(self.options)} options ({letters})"
+            )
 
 
 Row = TypeVar("Row", Prediction, Reference)
@@ -107,8 +109,8 @@ def read_predictions(path: str | os.PathLike[str]) -> list[Prediction]:
     """Reads what `write_rows` wrote.
 
     Raises:
-        PredictionError: naming file and line, for a line that is no JSON object, an unknown, missing or mistyped key,
-            another schema, or an item that comes twice.
+        PredictionError: naming file and line, for a line that is no JSON object, an unknown, missing or
+            mistyped key, another schema, or an item that comes twice.
     """
     return _read(path, Prediction)
 
@@ -116,6 +118,22 @@ def read_predictions(path: str | os.PathLike[str]) -> list[Prediction]:
 def read_references(path: str | os.PathLike[str]) -> list[Reference]:
     """Reads references; errors as `read_predictions`."""
     return _read(path, Reference)
+
+
+def reference_of_sample(sample: Mapping[str, Any], video_id: str) -> Reference:
+    """The reference in a sample of a record: extra keys "answer" (letter), "options" (texts), "qa_type".
+
+    Raises:
+        PredictionError: the sample is no multiple-choice question; its id is named.
+    """
+    try:
+        kind = str(sample.get("qa_type", ""))
+        return Reference(sample["id"], video_id, sample["answer"], tuple(sample["options"]), kind)
+    except (KeyError, TypeError, ValueError) as error:
+        raise PredictionError(
+            f"sample {sample.get('id')!r} of task {sample.get('task')!r} is no multiple-choice question "
+            f'({error}): its line needs "answer" (letter) and "options" (texts); name other --tasks'
+        ) from None
 
 
 def _read(path: str | os.PathLike[str], kind: type[Row]) -> list[Row]:

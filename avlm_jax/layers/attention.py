@@ -14,7 +14,13 @@ def attention(
     k: Float[Array, "b s hk d"],
     v: Float[Array, "b s hk d"],
     *,
-    mask: Bool[Array, "b #h t s"] | None = None,
+    mask: Bool[
+        Array,
+        (
+            b  # h t s
+        ),
+    ]
+    | None = None,
     bias: Float[Array, "#b #h t s"] | None = None,
     scale: float | None = None,
     backend: str = "reference",

@@ -60,7 +60,9 @@ class KVCache:
     @staticmethod
     def zeros(config: DecoderConfig, batch_size: int, slots: int) -> KVCache:
         shape = (config.depth, batch_size, slots, config.num_kv_heads, config.dim_per_head)
-        return KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32))
+        return KVCache(
+            jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype), jnp.zeros((), jnp.int32)
+        )
 
 
 class RMSNorm(nn.Module):

@@ -46,7 +46,9 @@ class System(nn.Module):
         """Input embeddings with the media in place, and segment ids in which masked media are padding."""
         llm: Decoder = self.llm
         media = self.media_tokens(batch)
-        return splice(llm.embed(batch["tokens"]), batch["tokens"], batch["segment_ids"], media, self.media_token_id)
+        return splice(
+            llm.embed(batch["tokens"]), batch["tokens"], batch["segment_ids"], media, self.media_token_id
+        )
 
     def loss_sums(self, batch: dict[str, Array], chunk: int) -> tuple[Array, Array, Array]:
         """(summed loss, number of targets, number predicted right) over `batch["loss_mask"]`, fp32 scalars."""
@@ -62,7 +64,9 @@ class System(nn.Module):
         hidden, _ = self.llm(embeddings, batch["positions"], causal_mask(segment_ids))
         return hidden.astype(jnp.float32) @ self.llm.head_kernel().astype(jnp.float32)
 
-    def prefill(self, batch: dict[str, Array], slots: int) -> tuple[Float[Array, "b v"], KVCache, Bool[Array, "b s"]]:
+    def prefill(
+        self, batch: dict[str, Array], slots: int
+    ) -> tuple[Float[Array, "b v"], KVCache, Bool[Array, "b s"]]:
         """Reads the prompts of a batch into a fresh cache of `slots` positions.
 
         Returns:
@@ -80,7 +84,7 @@ class System(nn.Module):
         return self._head(hidden), cache, seen
 
     def extend(
-        self, tokens: Int[Array, "b"], positions: Int[Array, "b"], cache: KVCache, seen: Bool[Array, "b s"]
+        self, tokens: Int[Array, b], positions: Int[Array, b], cache: KVCache, seen: Bool[Array, "b s"]
     ) -> tuple[Float[Array, "b v"], KVCache, Bool[Array, "b s"]]:
         """One more token per row: fp32 logits for the next one, the advanced cache and its filled slots."""
         llm: Decoder = self.llm

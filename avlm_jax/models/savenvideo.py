@@ -64,7 +64,9 @@ class SaveNVideo(System):
     def setup(self) -> None:
         self.vision = SiglipEncoder(self.vision_config)
         self.audio = BeatsEncoder(self.audio_config)
-        self.connector = Connector(self.avts_config, self.time_config, self.llm_config.width, self.spec.num_frames)
+        self.connector = Connector(
+            self.avts_config, self.time_config, self.llm_config.width, self.spec.num_frames
+        )
         self.llm = Decoder(self.llm_config)
 
     @property
@@ -74,15 +76,16 @@ class SaveNVideo(System):
     @property
     def num_media_tokens(self) -> int:
         """n: how often the placeholder stands in a prompt with media."""
-        steps = self.audio_config.num_tokens(self.spec.window_frames) // self.audio_config.mel_rows
-        rows = 1 if self.avts_config.freq_pool == "mean" else self.audio_config.mel_rows
+        rows = self.audio_config.mel_rows
         time = {"query": 2 * self.spec.max_intervals, "frames": self.spec.num_frames}
         time["both"] = time["query"] + time["frames"]
         return avts_lib.num_media_tokens(
             self.avts_config,
             frames=self.spec.num_frames,
             grid=self.vision_config.grid,
-            audio_tokens=self.spec.max_windows * steps * rows,
+            windows=self.spec.max_windows,
+            steps=self.audio_config.num_tokens(self.spec.window_frames) // rows,
+            rows=rows,
             time_tokens=time[self.time_config.source],
         )
 
@@ -95,10 +98,9 @@ class SaveNVideo(System):
         b, t = frames.shape[:2]
         features = self.vision(frames.reshape(b * t, *frames.shape[2:]))
         features = features.reshape(b, t, *features.shape[1:])
-        grid = self.vision_config.grid
-        if self.avts_config.visual_pool == "bilinear2":
-            features = avts_lib.half_grid(features, grid)
-            grid = -(-grid // 2)
+        pool = self.avts_config.visual_pool
+        features = avts_lib.pool_patches(features, self.vision_config.grid, pool)
+        grid = avts_lib.pooled_grid(self.vision_config.grid, pool)
         patches = grid * grid
         return Tokens(
             features.reshape(b, t * patches, -1),
@@ -120,18 +122,18 @@ class SaveNVideo(System):
         features, mask = self.audio(fbank, valid)
         rows = self.audio_config.mel_rows
         steps = features.shape[1] // rows
-        features = features.reshape(b, w * steps, rows, -1)
-        mask = mask.reshape(b, w * steps, rows)
         step_seconds = self.audio_config.patch_size * FBANK_FRAME_SHIFT / SAMPLE_RATE
         seconds = spans[..., :1] + (jnp.arange(steps)[None, None] + 0.5) * step_seconds
-        seconds = seconds.reshape(b, w * steps)
-        if self.avts_config.freq_pool == "mean":
-            count = jnp.maximum(mask.sum(axis=2), 1)[..., None].astype(features.dtype)
-            features = jnp.where(mask[..., None], features, 0).sum(axis=2) / count
-            return Tokens(features, seconds, mask.any(axis=2))
-        places = jnp.tile(avts_lib.mel_places(rows, self.connector_width), (w * steps, 1))
-        features = features.reshape(b, w * steps * rows, -1)
-        return Tokens(features, jnp.repeat(seconds, rows, axis=1), mask.reshape(b, -1), places)
+        pool = self.avts_config.freq_pool
+        features, mask, seconds = avts_lib.pool_audio(
+            features.reshape(b, w, steps, rows, -1), mask.reshape(b, w, steps, rows), seconds, pool
+        )
+        places = (
+            jnp.tile(avts_lib.mel_places(rows, self.connector_width), (w * steps, 1))
+            if pool == "none"
+            else None
+        )
+        return Tokens(features, seconds, mask, places)
 
 
 def build(config: ConfigDict, media_token_id: int) -> SaveNVideo:

@@ -16,17 +16,18 @@ from input_pipeline.synthetic.scene import NUM_EVENTS, Event, Scene, timestamp
 from input_pipeline.synthetic.tasks import (
     NOTHING,
     SILENCE,
-    audio_by_moment,
+    audio_in_order,
     range_caption,
     range_request,
     says_audio,
     says_visual,
-    visual_by_moment,
+    visual_in_order,
 )
 from input_pipeline.transforms.intervals import parse_intervals
 
 SOURCE = "synthetic"
-SHARED_WORDS = 6  # A stem that shares so many consecutive words with the right option gives it away (systems.md).
+# A stem that shares so many consecutive words with the right option gives it away (systems.md).
+SHARED_WORDS = 6
 NUM_RANGE_CAPTIONS = 3
 NUM_OPEN_WHOLE, NUM_OPEN_RANGE = 3, 3
 EXTRA_DRAWS = 4  # Further seeds of `make_questions` for training.
@@ -43,8 +44,9 @@ class Clip:
 
 
 def clips(scene: Scene, fps: int = FPS) -> list[Clip]:
-    """One clip per event. Where two events overlap the earlier clip ends one frame before the later one begins: clips
-    do not overlap (systems.md section 2), and from there on the later event is the one in front."""
+    """One clip per event. Where two events overlap the earlier clip ends one frame before the later one
+    begins: clips do not overlap (systems.md section 2), and from there on the later event is the one in
+    front."""
     frame = 1.0 / frame_rate(scene.duration, fps)
     found = []
     for index, event in enumerate(scene.events):
@@ -60,11 +62,14 @@ def check(question: Question, duration: float) -> dict[str, bool]:
         question: what is asked.
         duration: seconds of the video.
     """
-    # Parsed without the video's bound, for a time beyond the end must not be moved inside before it is looked at.
+    # Parsed without the video's bound, for a time beyond the end must not be moved inside before it is looked
+    # at.
     stem_times = [t for span in parse_intervals(question.stem, 1e9, 8) for t in span]
     option_times = [parse_intervals(option, 1e9, 8) for option in question.options]
     if question.type == 5:
-        options_fit = all(len(spans) == 1 and 0 <= spans[0][0] < spans[0][1] <= duration for spans in option_times)
+        options_fit = all(
+            len(spans) == 1 and 0 <= spans[0][0] < spans[0][1] <= duration for spans in option_times
+        )
     else:
         options_fit = not any(option_times)
     stem, right = _words(question.stem), _words(question.options[question.answer])
@@ -94,8 +99,9 @@ def annotate(scene: Scene, questions: Sequence[Question], fps: int = FPS) -> dic
         fps: as given to `generate.write_video`.
 
     Returns:
-        {video_id, source, duration, fps, clips: [{start, end, visual, audio, av}], captions: {visual, audio, av}, qa:
-        [{id, type, question, options, answer, checks}]}; start, end and duration in seconds, answer a letter.
+        {video_id, source, duration, fps, clips: [{start, end, visual, audio, av}], captions: {visual, audio,
+        av}, qa: [{id, type, question, options, answer, checks}]}; start, end and duration in seconds, answer
+        a letter.
     """
     rows = []
     whole: dict[str, list[str]] = {"visual": [], "audio": [], "av": []}
@@ -142,9 +148,10 @@ def manifest_lines(scene: Scene, questions: Sequence[Question], video_path: str)
         video_path: as the lines name it, relative to the manifest's folder.
 
     Returns:
-        One line per sample, by task: "visual_caption" and "audio_caption" (one each), "av_caption" (time ranges),
-        "open_qa" (with and without a time range, answered in words), "mcq", and "mcq_extra" (other questions of the
-        same types, for training). Multiple-choice lines also carry qa_type, answer (letter) and options.
+        One line per sample, by task: "visual_caption" and "audio_caption" (one each), "av_caption" (time
+        ranges), "open_qa" (with and without a time range, answered in words), "mcq", and "mcq_extra" (other
+        questions of the same types, for training). Multiple-choice lines also carry qa_type, answer (letter)
+        and options.
     """
     rng = np.random.default_rng([scene.seed, _MANIFEST])
     lines: list[dict[str, Any]] = []
@@ -158,8 +165,8 @@ def manifest_lines(scene: Scene, questions: Sequence[Question], video_path: str)
         extra = {"qa_type": question.type, "answer": question.letter, "options": list(question.options)}
         add(task, name, (question.text(), question.reply()), **extra)
 
-    add("visual_caption", "visual", visual_by_moment(scene))
-    add("audio_caption", "audio", audio_by_moment(scene))
+    add("visual_caption", "visual", visual_in_order(scene))
+    add("audio_caption", "audio", audio_in_order(scene))
     for number, (start, end, inside) in enumerate(_some_ranges(rng, scene, NUM_RANGE_CAPTIONS), start=1):
         add("av_caption", f"av{number}", (range_request(start, end), range_caption(inside, start, end)))
     for number, pair in enumerate(_open_questions(rng, scene), start=1):
@@ -172,8 +179,8 @@ def manifest_lines(scene: Scene, questions: Sequence[Question], video_path: str)
 
 
 def _some_ranges(rng: np.random.Generator, scene: Scene, most: int) -> list[tuple[float, float, list[Event]]]:
-    """Up to `most` different time ranges that begin and end in pauses, with the events inside; short ones as likely as
-    long ones."""
+    """Up to `most` different time ranges that begin and end in pauses, with the events inside; short ones as
+    likely as long ones."""
     found = []
     for first in range(NUM_EVENTS):
         for last in range(first + 1, NUM_EVENTS + 1):
@@ -196,7 +203,8 @@ def _open_questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, s
 
 
 def _extra_questions(scene: Scene, questions: Sequence[Question]) -> list[Question]:
-    """Questions of further seeds that differ from `questions` and each other in more than the order of options."""
+    """Questions of further seeds that differ from `questions` and each other in more than the order of
+    options."""
     known = {(q.stem, frozenset(q.options)) for q in questions}
     extra = []
     for seed in range(1, EXTRA_DRAWS + 1):

@@ -11,14 +11,20 @@ import dataclasses
 import numpy as np
 
 from input_pipeline.synthetic.questions import LETTERS, STEMS, Question, boundary, make_questions
-from input_pipeline.synthetic.scene import NUM_EVENTS, Event, Scene, make_scene, timestamp
+from input_pipeline.synthetic.scene import (
+    NUM_EVENTS,
+    Event,
+    Scene,
+    make_scene,
+    timestamp,
+)
 from input_pipeline.synthetic.tasks import (
     BRIEFLY,
-    audio_by_moment,
+    audio_in_order,
     moment_words,
     range_caption,
     range_request,
-    visual_by_moment,
+    visual_in_order,
 )
 
 
@@ -53,7 +59,11 @@ def pairing_dialogue(
     for asked, given in (("sound", "figure"), ("figure", "sound")):
         for event in events:
             key = getattr(event, given)
-            if key is None or getattr(event, asked) is None or sum(getattr(e, given) == key for e in events) != 1:
+            if (
+                key is None
+                or getattr(event, asked) is None
+                or sum(getattr(e, given) == key for e in events) != 1
+            ):
                 continue
             stem = prefix + STEMS[asked].format(key)
             stem = stem[0].upper() + stem[1:]
@@ -69,32 +79,26 @@ def pairing_dialogue(
 
 PAIR_REQUEST = "Pair what moves with what is heard."
 UNPAIR_REQUEST = "Pair what is heard with what moves."
-MATCH_REQUEST = "Name every option with its letter."
 
 
-def drills(rng: np.random.Generator, scene: Scene, events: list[Event]) -> list[tuple[str, str]]:
-    """Many small look-ups at once, in random order: figure to sound, sound to figure, option to letter.
+def _in_any_order(rng: np.random.Generator, items: list[str]) -> str:
+    return ", ".join(items[int(i)] for i in rng.permutation(len(items)))
+
+
+def drills(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
+    """Many small look-ups at once: what moves, what is heard, figure to sound, sound to figure; in random order.
 
     One question with four options teaches one look-up in fifty tokens; a drill teaches four in half as many.
     """
-
-    def shuffled(items: list[str]) -> str:
-        return ", ".join(items[int(i)] for i in rng.permutation(len(items)))
-
+    events = scene.events
     both = [e for e in events if e.figure and e.sound]
     figures = [e for e in both if sum(o.figure == e.figure for o in events) == 1]
     sounds = [e for e in both if sum(o.sound == e.sound for o in events) == 1]
-    dialogue = []
+    dialogue = [visual_in_order(scene), audio_in_order(scene)]
     if figures:
-        dialogue.append((PAIR_REQUEST, shuffled([f"{e.figure} {e.sound}" for e in figures])))
+        dialogue.append((PAIR_REQUEST, _in_any_order(rng, [f"{e.figure} {e.sound}" for e in figures])))
     if sounds:
-        dialogue.append((UNPAIR_REQUEST, shuffled([f"{e.sound} {e.figure}" for e in sounds])))
-    asked = "sound" if rng.random() < 0.5 else "figure"
-    right = next(str(getattr(e, asked)) for e in scene.events if getattr(e, asked))
-    options = _choices(rng, scene, asked, right)
-    lettered = [f"{option} ({letter})" for letter, option in zip(LETTERS, options, strict=True)]
-    listed = "\n".join(f"{letter}: {option}" for letter, option in zip(LETTERS, options, strict=True))
-    dialogue.append((f"{MATCH_REQUEST}\n{listed}", shuffled(lettered)))
+        dialogue.append((UNPAIR_REQUEST, _in_any_order(rng, [f"{e.sound} {e.figure}" for e in sounds])))
     return [dialogue[int(i)] for i in rng.permutation(len(dialogue))]
 
 
@@ -113,16 +117,16 @@ def describe(
     keep = sorted(int(i) for i in rng.permutation(NUM_EVENTS)[:level])
     told = dataclasses.replace(scene, events=tuple(scene.events[i] for i in keep))
     if rng.random() < drill_share:
-        return DescribedScene(moment_words(told), drills(rng, scene, list(told.events)))
+        return DescribedScene(moment_words(told), drills(rng, told))
     open_share = 0.3
     kind = rng.random()
     if kind < 0.45:  # The whole video.
         dialogue = pairing_dialogue(rng, scene, list(told.events), open_share)
         extra: list[tuple[str, str]] = []
         if rng.random() < 0.25:
-            extra.append(visual_by_moment(told))
+            extra.append(visual_in_order(told))
         if rng.random() < 0.25:
-            extra.append(audio_by_moment(told))
+            extra.append(audio_in_order(told))
         if level == NUM_EVENTS and rng.random() < 0.3:
             extra += [(q.text(), q.reply()) for q in make_questions(scene) if q.type == 5]
         dialogue = [*extra, *dialogue]
@@ -152,7 +156,7 @@ def corpus(seed: int, scenes: int) -> list[str]:
     texts = []
     for _ in range(scenes):
         scene = describe(rng, NUM_EVENTS, drill_share=0.3)
-        texts.append(" " + " ".join(scene.words))
+        texts.append(" ".join(scene.words))
         for question, answer in scene.dialogue:
             texts += [question, answer]
     texts += [f"{letter}:" for letter in LETTERS]

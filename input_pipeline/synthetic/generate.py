@@ -2,9 +2,9 @@
 
     python -m input_pipeline.synthetic.generate --out DIR --count N --seed S
 
-DIR/videos/<id>.mp4 hold H.264 and AAC, DIR/annotations.json SAVEn-Vid's form (annotate.py), DIR/manifest.jsonl one line
-per training or test sample. Scenes depend on (seed, index) alone, so the number of workers changes nothing and a larger
-count only adds videos.
+DIR/videos/<id>.mp4 hold H.264 and AAC, DIR/annotations.json SAVEn-Vid's form (annotate.py),
+DIR/manifest.jsonl one line per training or test sample. Scenes depend on (seed, index) alone, so the number
+of workers changes nothing and a larger count only adds videos.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from input_pipeline.synthetic.sounds import SAMPLE_RATE, synthesize
 
 SIZE = 96  # Pixels.
 NUM_TYPES = 5
-# H.264: constant quality 20 is visually clean at this size, and "ultrafast" costs less than drawing does. One thread
-# each: videos are made in parallel, and x264's output depends on its number of threads.
+# H.264: constant quality 20 is visually clean at this size, and "ultrafast" costs less than drawing does. One
+# thread each: videos are made in parallel, and x264's output depends on its number of threads.
 VIDEO_OPTIONS = {"preset": "ultrafast", "crf": "20", "threads": "1"}
-# AAC: the fast quantiser without the tools for music at few bits halves the time and hisses less on pure tones.
+# AAC: the fast quantiser without the tools for music at few bits halves the time and hisses less on pure
+# tones.
 AUDIO_OPTIONS = {"aac_coder": "fast", "aac_tns": "0", "aac_pns": "0", "aac_is": "0", "aac_ms": "0"}
 AUDIO_BIT_RATE = 64_000
 AAC_FRAME = 1024  # Samples.
@@ -63,7 +64,11 @@ def draw_scene(
 
 
 def write_video(
-    scene: Scene, path: str | os.PathLike[str], size: int = SIZE, fps: int = FPS, sample_rate: int = SAMPLE_RATE
+    scene: Scene,
+    path: str | os.PathLike[str],
+    size: int = SIZE,
+    fps: int = FPS,
+    sample_rate: int = SAMPLE_RATE,
 ) -> None:
     """Writes a scene as mp4, H.264 (yuv420p) and AAC (mono); the same arguments give the same file.
 
@@ -78,7 +83,9 @@ def write_video(
         UserError: `size` is odd or too small for H.264.
     """
     if size % 2 or size < 16:
-        raise UserError(f"size is {size}; H.264 with halved chroma needs an even number of at least 16 pixels")
+        raise UserError(
+            f"size is {size}; H.264 with halved chroma needs an even number of at least 16 pixels"
+        )
     path = Path(path)
     rate = frame_rate(scene.duration, fps)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -111,12 +118,16 @@ def write_video(
 
 def _audio_frames(track: np.ndarray, sample_rate: int) -> Iterator[av.AudioFrame]:
     for begin in range(0, len(track), AAC_FRAME):
-        frame = av.AudioFrame.from_ndarray(track[None, begin : begin + AAC_FRAME], format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            track[None, begin : begin + AAC_FRAME], format="fltp", layout="mono"
+        )
         frame.sample_rate, frame.pts = sample_rate, begin
         yield frame
 
 
-def _make(job: tuple[str, str, int, int, int, int, float, float]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _make(
+    job: tuple[str, str, int, int, int, int, float, float],
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder, scene_id, seed, index, size, fps, shortest, longest = job
     state = np.random.SeedSequence([seed, index]).generate_state(1)
     scene, questions = draw_scene(int(state[0]), scene_id, shortest, longest)
@@ -167,7 +178,8 @@ def generate(
         raise UserError(f"{out}: cannot be made a folder for videos ({error.strerror})") from None
     prefix = f"s{seed}" if prefix is None else prefix
     jobs = [
-        (str(out), f"{prefix}-{index:05d}", seed, index, size, fps, shortest, longest) for index in range(count)
+        (str(out), f"{prefix}-{index:05d}", seed, index, size, fps, shortest, longest)
+        for index in range(count)
     ]
     workers = min(workers or len(os.sched_getaffinity(0)), count)
     manifest = out / "manifest.jsonl"
@@ -198,17 +210,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line of this module; returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m input_pipeline.synthetic.generate",
-        description="Write synthetic videos with sound, SAVEn-Vid annotations and a manifest for `avlm prepare`.",
-        epilog="example: python -m input_pipeline.synthetic.generate --out data/synthetic --count 100 --seed 0",
+        description="Write synthetic videos with sound, SAVEn-Vid annotations, and a manifest for prepare.",
+        epilog="example: python -m input_pipeline.synthetic.generate --out data --count 100 --seed 0",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", required=True, help="folder for videos/, annotations.json and manifest.jsonl")
+    parser.add_argument(
+        "--out", required=True, help="folder for videos/, annotations.json and manifest.jsonl"
+    )
     parser.add_argument("--count", type=int, default=100, help="number of videos")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other videos")
     parser.add_argument("--workers", type=int, default=None, help="processes; None: one per core")
     parser.add_argument("--size", type=int, default=SIZE, help="width and height in pixels, even")
-    parser.add_argument("--fps", type=int, default=FPS, help="frames per second of short videos; long ones get fewer")
-    parser.add_argument("--prefix", default=None, help="name of the videos before their number; None: s<seed>")
+    parser.add_argument(
+        "--fps", type=int, default=FPS, help="frames per second of short videos; long ones get fewer"
+    )
+    parser.add_argument(
+        "--prefix", default=None, help="name of the videos before their number; None: s<seed>"
+    )
     parser.add_argument("--shortest", type=float, default=SHORTEST, help="seconds")
     parser.add_argument("--longest", type=float, default=LONGEST, help="seconds")
     args = vars(parser.parse_args(argv))

@@ -1,7 +1,7 @@
 """Draws a scene: coloured figures with motion trails on a dull, still background with grey distractors.
 
-Everything that a question can ask for is visible in one frame: colour, shape, and by its trail the motion. Positions
-and sizes are fractions of the picture, so a scene looks alike at every resolution.
+Everything that a question can ask for is visible in one frame: colour, shape, and by its trail the motion.
+Positions and sizes are fractions of the picture, so a scene looks alike at every resolution.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _BACKGROUND, _PATH = 0xBAC, 0x9A7  # Streams of the scene's random numbers.
 
 @dataclasses.dataclass(frozen=True)
 class Stamp:
-    """One figure as it is drawn: centre, diameter and trail steps as fractions of the picture (x right, y down)."""
+    """One figure as it is drawn: centre, diameter and trail steps as fractions of the picture (x right, y
+    down)."""
 
     figure: Figure
     center: tuple[float, float]
@@ -52,8 +53,8 @@ class Stamp:
 
 
 def frame_rate(duration: float, fps: int = FPS) -> int:
-    """Frames per second of a video of `duration` seconds: `fps`, less when that makes more than MAX_FRAMES frames, but
-    not under MIN_FPS."""
+    """Frames per second of a video of `duration` seconds: `fps`, less when that makes more than MAX_FRAMES
+    frames, but not under MIN_FPS."""
     return min(fps, max(MIN_FPS, int(MAX_FRAMES / duration)))
 
 

@@ -87,23 +87,25 @@ def _cast(rng: np.random.Generator) -> list[tuple[Figure | None, str | None]]:
     return [(f1, s1), (f2, s2), (f1, s3), (f3, s1), (f4, None), (None, s4)]
 
 
-def _order(rng: np.random.Generator, cast: list[tuple[Figure | None, str | None]]) -> list[int]:
-    """An order in which neighbours share neither figure nor sound, so that every event has visible and audible ends."""
+def _order(
+    rng: np.random.Generator, cast: list[tuple[Figure | None, str | None]], overlapping: int
+) -> list[int]:
+    """An order in which the two events that overlap share neither figure nor sound: each has its own end.
+
+    Elsewhere like may follow like, with a pause between. If it never did, seeing which events are neighbours
+    would tell which are unlike: text alone could then guess 57 % of type 5, picture or sound alone 80 %.
+    """
     while True:
         order = [int(i) for i in rng.permutation(NUM_EVENTS)]
-        pairs = zip(order, order[1:], strict=False)
-        if all(
-            not (cast[a][0] is not None and cast[a][0] == cast[b][0])
-            and not (cast[a][1] is not None and cast[a][1] == cast[b][1])
-            for a, b in pairs
-        ):
+        (figure, sound), (next_figure, next_sound) = cast[order[overlapping - 1]], cast[order[overlapping]]
+        if (figure is None or figure != next_figure) and (sound is None or sound != next_sound):
             return order
 
 
-def _times(rng: np.random.Generator) -> list[tuple[float, float]]:
-    """Starts and ends of the events in moments, with pauses between them and one overlapping pair."""
+def _times(rng: np.random.Generator, overlapping: int) -> list[tuple[float, float]]:
+    """Starts and ends of the events in moments, with pauses between; event `overlapping` begins before the
+    end of the one ahead of it."""
     lengths = rng.uniform(*EVENT_MOMENTS, size=NUM_EVENTS)
-    overlapping = int(rng.integers(1, NUM_EVENTS))  # This event begins before the one ahead of it has ended.
     overlap = rng.uniform(*OVERLAP_MOMENTS)
     gaps = rng.dirichlet(np.full(NUM_EVENTS, 2.0)) * (MOMENTS - lengths.sum() + overlap)
     # NUM_EVENTS shares for NUM_EVENTS + 1 places: all but the overlapping one get a pause.
@@ -117,7 +119,9 @@ def _times(rng: np.random.Generator) -> list[tuple[float, float]]:
     return spans
 
 
-def make_scene(seed: int, scene_id: str | None = None, shortest: float = SHORTEST, longest: float = LONGEST) -> Scene:
+def make_scene(
+    seed: int, scene_id: str | None = None, shortest: float = SHORTEST, longest: float = LONGEST
+) -> Scene:
     """Draws a scene; the same seed gives the same scene.
 
     Args:
@@ -129,14 +133,19 @@ def make_scene(seed: int, scene_id: str | None = None, shortest: float = SHORTES
     duration = float(np.exp(rng.uniform(math.log(shortest), math.log(longest))))
     duration = round(duration, 3)  # Milliseconds, as SAVEn-Vid prints times.
     cast = _cast(rng)
-    order = _order(rng, cast)
+    overlapping = int(rng.integers(1, NUM_EVENTS))
+    order = _order(rng, cast, overlapping)
     events = []
-    for index, (start, end) in zip(order, _times(rng), strict=True):
+    for index, (start, end) in zip(order, _times(rng, overlapping), strict=True):
         figure, sound = cast[index]
         motion = str(rng.choice(MOTIONS)) if figure is not None else None
         unit = duration / MOMENTS
-        events.append(Event(round(float(start) * unit, 3), round(float(end) * unit, 3), figure, motion, sound))
-    return Scene(scene_id or f"scene-{seed:07d}", seed, duration, tuple(events), props=int(rng.integers(0, 3)))
+        events.append(
+            Event(round(float(start) * unit, 3), round(float(end) * unit, 3), figure, motion, sound)
+        )
+    return Scene(
+        scene_id or f"scene-{seed:07d}", seed, duration, tuple(events), props=int(rng.integers(0, 3))
+    )
 
 
 def timestamp(seconds: float) -> str:

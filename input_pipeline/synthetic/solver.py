@@ -1,12 +1,14 @@
-"""How far one modality gets: guessers that know everything the text, the picture or the sound tells, and the statistics
-of the generator.
+"""How far one modality gets: guessers that know everything the text, the picture or the sound tells, and the
+statistics of the generator.
 
-A guesser first strikes out options that its modality makes impossible (a sound not heard in the question's time range).
-Among the rest it picks the likeliest: a conditional logit over what its modality tells about each option (how often, at
-which place in time, beside what, how long, ...), singly, in pairs and all together, fitted on one half of the scenes and
-tried on the other. A regularity of the generator that gives answers away shows up as a rate above chance.
+A guesser first strikes out options that its modality makes impossible (a sound not heard in the question's
+time range). Among the rest it picks the likeliest: a conditional logit over what its modality tells about
+each option (how often, at which place in time, beside what, how long, ...), singly, in pairs and all
+together, fitted on one half of the scenes and tried on the other. A regularity of the generator that gives
+answers away shows up as a rate above chance.
 
-`answer` is the opposite: with both modalities and no statistics it finds the one option that fits, or proves there is none.
+`answer` is the opposite: with both modalities and no statistics it finds the one option that fits, or proves
+there is none.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from input_pipeline.transforms.intervals import parse_intervals
 
 MODALITIES = ("text", "picture", "sound")
 SAME_TIME = 0.002  # Seconds: times are printed in milliseconds.
-STEPS, RATE = 60, 0.08  # Of Adam on the whole half; few thousand questions need no more.
-DECAYS = (3e-3, 3e-2)  # Weight decay of the guessers that compete.
+STEPS, RATE = 45, 0.1  # Of Adam on the whole half; few thousand questions need no more.
+# The guessers that compete: pairs of features or all of them together, and weight decay.
+GUESSERS = ((True, 1e-2), (False, 3e-3), (False, 3e-2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What one modality knows of an event: its span (seconds), who or which sound (`key`), and how it moves."""
+    """What one modality knows of an event: its span (seconds), who or which sound (`key`), and how it
+    moves."""
 
     start: float
     end: float
@@ -139,11 +143,14 @@ def answer(scene: Scene, question: Question) -> int:
 
 
 def _gap(before: float, after: float, unit: float) -> int:
-    """Bucket of a pause: 0 none because the events overlap, 1..6 longer and longer in units of a typical pause."""
+    """Bucket of a pause: 0 none because the events overlap, 1..6 longer and longer in units of a typical
+    pause."""
     return 0 if after < before else 1 + min(int(2 * (after - before) / unit), 5)
 
 
-def _option_features(task: Task, question: Question, number: int, events: Sequence[Seen], length: float) -> list[int]:
+def _option_features(
+    task: Task, question: Question, number: int, events: Sequence[Seen], length: float
+) -> list[int]:
     """What a modality tells about one option, as small integers; always equally many."""
     option = question.options[number]
     if task.asked == "time":
@@ -203,7 +210,14 @@ def _span_features(task: Task, number: int, events: Sequence[Seen], length: floa
     later = _gap(end, task.spans[order[rank + 1]][0], unit) if rank < 3 else 7
     total = task.spans[order[3]][1] - task.spans[order[0]][0]
     lengths = sorted(e - s for s, e in task.spans)
-    base = [rank, earlier, later, min(int(start / unit), 15), min(int(total / unit), 15), lengths.index(end - start)]
+    base = [
+        rank,
+        earlier,
+        later,
+        min(int(start / unit), 15),
+        min(int(total / unit), 15),
+        lengths.index(end - start),
+    ]
     shown = [_at(events, span) for span in task.spans]
     index = shown[number]
     if index is None:
@@ -222,8 +236,8 @@ def _span_features(task: Task, number: int, events: Sequence[Seen], length: floa
 
 
 def _encode(features: np.ndarray, pairs: bool) -> tuple[np.ndarray, int]:
-    """Integers [n 4 f] -> indices [n 4 k] into one weight vector, and its length: each value alone, and either each pair
-    of values or all together."""
+    """Integers [n 4 f] -> indices [n 4 k] into one weight vector, and its length: each value alone, and
+    either each pair of values or all together."""
     n, options, width = features.shape
     columns = [features[..., i] for i in range(width)]
     sizes = [int(c.max()) + 1 for c in columns]
@@ -265,8 +279,8 @@ def _softmax(weights: np.ndarray, index: np.ndarray, allowed: np.ndarray) -> np.
 def guess_rates(scenes_and_questions: Sequence[tuple[Scene, Sequence[Question]]]) -> dict[str, Rate]:
     """What guessers with one modality reach.
 
-    For each type of question several guessers compete (pairs of features or all together, more or less decay), and the
-    best on the unseen half counts: rates err upwards, by about a percentage point at a thousand questions a type.
+    For each type of question several guessers compete (GUESSERS), and the best on the unseen half counts:
+    rates err upwards, by about a percentage point at a thousand questions a type.
 
     Args:
         scenes_and_questions: at least a few hundred scenes with their questions; thousands for sharp figures.
@@ -279,7 +293,9 @@ def guess_rates(scenes_and_questions: Sequence[tuple[Scene, Sequence[Question]]]
     for modality in MODALITIES:
         hits: dict[int, tuple[int, float]] = {}
         for kind in sorted({q.type for _, questions in scenes for q in questions}):
-            chosen = [(i, s, q) for i, (s, questions) in enumerate(scenes) for q in questions if q.type == kind]
+            chosen = [
+                (i, s, q) for i, (s, questions) in enumerate(scenes) for q in questions if q.type == kind
+            ]
             hits[kind] = _hit_rate(chosen, modality)
         n = sum(count for count, _ in hits.values())
         overall = sum(count * share for count, share in hits.values()) / n
@@ -288,7 +304,8 @@ def guess_rates(scenes_and_questions: Sequence[tuple[Scene, Sequence[Question]]]
 
 
 def _hit_rate(chosen: Sequence[tuple[int, Scene, Question]], modality: str) -> tuple[int, float]:
-    """(questions tried, share right) of the best guesser on questions of one type; even scenes teach, odd ones test."""
+    """(questions tried, share right) of the best guesser on questions of one type; even scenes teach, odd
+    ones test."""
     features, allowed = [], []
     for _, scene, question in chosen:
         events, task = view(scene, modality), read(question)
@@ -300,13 +317,12 @@ def _hit_rate(chosen: Sequence[tuple[int, Scene, Question]], modality: str) -> t
     if not mask[np.arange(len(right)), right].all():
         raise ValueError(f"the {modality} alone rules out a right answer: question and scene disagree")
     best = 0.0
-    for pairs in (True, False):
+    for pairs, decay in GUESSERS:
         index, size = _encode(np.array(features), pairs)
-        for decay in DECAYS:
-            weights = _fit(index[even], size, mask[even], right[even], decay)
-            odds = _softmax(weights, index[~even], mask[~even])
-            # A tie is a random pick among the tied.
-            top = np.isclose(odds, odds.max(axis=-1, keepdims=True), atol=1e-9)
-            share = top[np.arange(len(odds)), right[~even]] / top.sum(axis=-1)
-            best = max(best, float(share.mean()))
+        weights = _fit(index[even], size, mask[even], right[even], decay)
+        odds = _softmax(weights, index[~even], mask[~even])
+        # A tie is a random pick among the tied.
+        top = np.isclose(odds, odds.max(axis=-1, keepdims=True), atol=1e-9)
+        share = top[np.arange(len(odds)), right[~even]] / top.sum(axis=-1)
+        best = max(best, float(share.mean()))
     return int((~even).sum()), best

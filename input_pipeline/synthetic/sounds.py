@@ -100,7 +100,8 @@ def render_sound(
     return wave
 
 
-# Each timbre gives one period (float [n]) that joins itself without a jump and is repeated for as long as needed.
+# Each timbre gives one period (float [n]) that joins itself without a jump and is repeated for as long as
+# needed.
 
 
 def _seconds(length: float, sample_rate: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is said about a scene in each stage of the recipe: captions by moment, captions of a range, questions.
+"""What is said about a scene in each stage of the recipe: captions in order, captions of a range, questions.
 
 Every function returns (question, answer) in plain words. The wordings are this project's own; the form
 "From <start> to <end>, we can see ..., and hear ..." follows the target style in SAVEn-Vid's architecture figure.
@@ -12,8 +12,8 @@ from input_pipeline.synthetic.scene import MOMENTS, Event, Scene, timestamp
 
 NOTHING = "nothing"  # No figure moves.
 SILENCE = "silence"  # No sound is heard.
-VISUAL_REQUEST = "What moves at each moment?"
-AUDIO_REQUEST = "What is heard at each moment?"
+VISUAL_REQUEST = "What moves, in order?"
+AUDIO_REQUEST = "What is heard, in order?"
 BRIEFLY = "Answer in a few words."
 
 
@@ -27,16 +27,6 @@ def says_audio(event: Event | None) -> str:
     return SILENCE if event is None or event.sound is None else event.sound
 
 
-def visual_by_moment(scene: Scene) -> tuple[str, str]:
-    """Stage 1a, visual alignment: what moves at each of the 16 moments."""
-    return VISUAL_REQUEST, ", ".join(says_visual(scene.seen_at(t)) for t in scene.moment_times(MOMENTS))
-
-
-def audio_by_moment(scene: Scene) -> tuple[str, str]:
-    """Stage 1b, audio alignment: what is heard at each of the 16 moments."""
-    return AUDIO_REQUEST, ", ".join(says_audio(scene.heard_at(t)) for t in scene.moment_times(MOMENTS))
-
-
 def in_order(events: Sequence[Event], says: Callable[[Event | None], str], empty: str) -> str:
     """What `says` tells of the events in order, without immediate repetitions; `empty` if there is nothing to tell."""
     told: list[str] = []
@@ -45,6 +35,16 @@ def in_order(events: Sequence[Event], says: Callable[[Event | None], str], empty
         if words != empty and (not told or told[-1] != words):
             told.append(words)
     return ", ".join(told) if told else empty
+
+
+def visual_in_order(scene: Scene) -> tuple[str, str]:
+    """Stage 1a, visual alignment: who moves and how, one after the other."""
+    return VISUAL_REQUEST, in_order(scene.events, says_visual, NOTHING)
+
+
+def audio_in_order(scene: Scene) -> tuple[str, str]:
+    """Stage 1b, audio alignment: what is heard, one after the other."""
+    return AUDIO_REQUEST, in_order(scene.events, says_audio, SILENCE)
 
 
 def range_request(start: float, end: float) -> str:

@@ -10,6 +10,7 @@ import av
 import numpy as np
 
 SIZE = 32  # pixels; large enough for every encoder
+FRAME_RATE = 10  # how long the last frame lasts, and the rate in the headers; the times are free
 
 
 def grey_levels(count: int) -> list[int]:
@@ -30,12 +31,13 @@ def write_video(
     container_options: dict[str, str] | None = None,
     codec_options: dict[str, str] | None = None,
 ) -> Path:
-    """A film of plain grey frames shown at `times`, with int16 mono `sound` [n] at `rate` from `sound_start` on.
+    """A film of plain grey frames shown at `times`, with int16 mono `sound` [n] at `rate` from `sound_start`
+    on.
 
     Matroska keeps these times to a millisecond; mp4 wants pictures that start at 0.
     """
     with av.open(str(path), "w", options=container_options or {}) as container:
-        video = container.add_stream(codec, rate=1000)
+        video = container.add_stream(codec, rate=FRAME_RATE)
         video.width = video.height = SIZE
         video.pix_fmt = "yuv420p"
         video.time_base = video.codec_context.time_base = Fraction(1, 1000)
@@ -60,7 +62,7 @@ def write_sound(
     layout: str = "mono",
     starts: Sequence[float] = (0.0,),
 ) -> Path:
-    """Sound alone. `samples` [channels n], int16 or float32; with several `starts` it is played at each of them."""
+    """Sound alone: `samples` [channels n], int16 or float32, played at each of `starts`."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         for number, start in enumerate(starts):

@@ -149,7 +149,8 @@ def ask(assembly: Assembly, params: Any, question: Question, max_new_tokens: int
         GenerationError: the model's numbers are not finite.
     """
     batch = {key: value[None] for key, value in question.row.arrays.items()}
-    return Generator(assembly, params, max_new_tokens).texts(batch)[0]
+    name = question.row.sample["id"] if question.row.sample else ""
+    return Generator(assembly, params, max_new_tokens).texts(batch, [name])[0]
 
 
 def resolve_config(

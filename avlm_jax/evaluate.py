@@ -34,14 +34,16 @@ DEFAULT_BATCH_SIZE = 16
 
 EPILOG = """\
 examples:
-  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test --out runs/mine
-  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test --out runs/deaf
-  --modalities video avlm evaluate --config configs/savenvideo.py:size=7b --checkpoint W/2b/final --records
-  records/avbench --out W/avbench
+  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test \\
+      --protocol strict --out runs/mine
+  avlm evaluate --checkpoint runs/demo/full/2b/final --records runs/demo/records/test \\
+      --protocol strict --out runs/deaf --modalities video
+  avlm evaluate --config configs/savenvideo.py:size=7b --checkpoint W/2b/final \\
+      --records records/avbench --out W/avbench
 
-Questions come from the records: samples of the tasks with the extra keys "answer" (a letter), "options"
-(texts) and, if there are kinds of questions, "qa_type". The exit code is 0 when every question was asked,
-whatever was answered.
+Questions come from the records: samples of the tasks with the extra keys "answer" (a letter), "options" (texts)
+and, if there are kinds of questions, "qa_type". The exit code is 0 when every question was asked, whatever was
+answered.
 """
 
 
@@ -193,7 +195,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the model is shown (default: %(default)s)",
     )
     parser.add_argument(
-        "--protocol", default="official", choices=sorted(EXTRACTORS), help="how a letter is found"
+        "--protocol",
+        default="official",
+        choices=sorted(EXTRACTORS),
+        help="how a letter is found; strict also takes an option's text (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size", type=int, default=DEFAULT_BATCH_SIZE, metavar="N", help="default: %(default)s"

@@ -325,6 +325,7 @@ def _draw_bars(axis: Axes, happenings: Sequence[Happening], duration: float) -> 
     axis.invert_yaxis()
     axis.set_yticks([0.5, 2.5], ["seen", "heard"], fontsize=11)
     axis.grid(axis="x", color="0.9")
+    axis.set_axisbelow(True)
     ends = {}
     for item in sorted(happenings, key=lambda item: item.start):
         lane = 0 if item.kind == "visual" else 2

@@ -37,14 +37,16 @@ examples:
   avlm score runs/mine/predictions.jsonl
   avlm score answers.jsonl --references runs/demo/records/test --protocol strict --missing zero
 
-A prediction is a line of JSON: {"schema": 1, "benchmark": "test", "task": "mcq", "item_key": "v0-q1",
-"video_id": "v0", "prompt": "...", "response": "bell (B)", "model": "...", "decoding": {"method": "greedy"},
-"n_frames": 16, "modalities": ["video", "audio"]}; a reference: {"schema": 1, "item_key": "v0-q1", "video_id":
-"v0", "answer": "B", "options": ["drum", "bell", "buzz", "siren"], "type": "1"}.
+A prediction is a line of JSON:
+  {"schema": 1, "benchmark": "test", "task": "mcq", "item_key": "v0-q1", "video_id": "v0", "prompt": "...",
+   "response": "bell (B)", "model": "...", "decoding": {"method": "greedy"}, "n_frames": 16,
+   "modalities": ["video", "audio"]}
+and a reference:
+  {"schema": 1, "item_key": "v0-q1", "video_id": "v0", "answer": "B",
+   "options": ["drum", "bell", "buzz", "siren"], "type": "1"}
 
 exit codes:
-  0 every item has an answer; 1 some are missing or failed, and --missing let that pass; 2 the files cannot be
-  used
+  0 every item has an answer; 1 some are missing or failed, and --missing let that pass; 2 the files cannot be used
 """
 
 
@@ -86,7 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         default="official",
         choices=sorted(EXTRACTORS),
-        help="official: Video-MME's, the first capital A-D anywhere; strict: one letter stated as answer "
+        help="official: Video-MME's, the first capital A-D anywhere; strict: one letter, or one option's text, "
+        "stated as the answer "
         "(default: %(default)s)",
     )
     parser.add_argument(

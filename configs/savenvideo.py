@@ -105,6 +105,7 @@ def full() -> ConfigDict:
                     "resampler": "avts",
                     "num_queries": 256,
                     "scope": "global",
+                    "time_scope": "all",
                     "num_layers": 2,
                     "d_model": 1024,
                     "num_heads": 16,
@@ -210,7 +211,14 @@ def demo() -> ConfigDict:
         }
     )
     config.model.avts.update(
-        {"num_queries": 16, "scope": "per_frame", "d_model": 128, "num_heads": 4, "dtype": "float32"}
+        {
+            "num_queries": 16,
+            "scope": "per_frame",
+            "time_scope": "inside",
+            "d_model": 128,
+            "num_heads": 4,
+            "dtype": "float32",
+        }
     )
     config.model.llm.update(
         {
@@ -242,15 +250,15 @@ def demo() -> ConfigDict:
                 [source(records, "visual_caption", modalities=("video",))],
                 lr=2e-3,
                 batch_size=16,
-                steps=150,
+                steps=110,
                 max_length=72,
             ),
             "1b": stage(
                 ALIGN_AUDIO,
-                [source(records, "audio_caption", modalities=("audio",))],
+                [source(records, "audio_caption"), source(records, "av_pairs")],
                 lr=2e-3,
                 batch_size=16,
-                steps=100,
+                steps=140,
                 max_length=64,
                 parent="1a",
             ),
@@ -259,7 +267,7 @@ def demo() -> ConfigDict:
                 [source(records, "av_caption"), source(records, "open_qa")],
                 lr=1e-3,
                 batch_size=16,
-                steps=250,
+                steps=150,
                 max_length=120,
                 parent="1b",
             ),
@@ -268,7 +276,7 @@ def demo() -> ConfigDict:
                 [source(records, "mcq", "mcq_extra")],
                 lr=1e-3,
                 batch_size=16,
-                steps=200,
+                steps=80,
                 parent="2a",
             ),
         }

@@ -24,7 +24,6 @@ from avlm_jax.llm.decoder import Decoder, DecoderConfig, causal_mask
 from avlm_jax.lora import LoraConfig
 from avlm_jax.models.api import MediaTokens, splice
 from input_pipeline.synthetic.described import DescribedScene, corpus, describe
-from input_pipeline.synthetic.questions import LETTERS
 from input_pipeline.synthetic.scene import MOMENTS
 
 # Qwen2's control tokens (Qwen2 tokenizer_config.json) and the placeholder that media tokens replace.
@@ -263,7 +262,6 @@ def train(
         log: gets a line of averages every `log_every` steps.
         keep: gets (step, parameters) at the same times, to save what there is.
     """
-    letters = np.asarray([tokenizer.convert_tokens_to_ids(letter) for letter in LETTERS])
     media_token_id = tokenizer.convert_tokens_to_ids("<|media|>")
     model = Decoder(config)
     optimizer = make_optimizer(recipe)
@@ -283,17 +281,14 @@ def train(
 
         (loss, hits), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, state = optimizer.update(grads, state, params)
-        is_letter = jnp.isin(batch["tokens"][:, 1:], letters) & batch["target"][:, 1:]
-        counts = jnp.stack(
-            [jnp.sum(hits), jnp.sum(batch["target"]), jnp.sum(hits & is_letter), jnp.sum(is_letter)]
-        )
+        counts = jnp.stack([jnp.sum(hits), jnp.sum(batch["target"])])
         return optax.apply_updates(params, updates), state, loss, counts
 
     params = rescale(init(jax.random.key(recipe.seed)))
     state = optimizer.init(params)
     begun = time.monotonic()
     losses: list[float] = []
-    counts = np.zeros(4)
+    counts = np.zeros(2)
     for number, batch in enumerate(batches(recipe, tokenizer), start=1):
         params, state, loss, count = step(params, state, batch)
         losses.append(float(loss))
@@ -305,11 +300,10 @@ def train(
                     "step": number,
                     "loss": round(float(np.mean(losses)), 4),
                     "accuracy": round(float(counts[0] / counts[1]), 4),
-                    "letter_accuracy": round(float(counts[2] / counts[3]), 4),
                     "seconds": round(time.monotonic() - begun, 1),
                 }
             )
-            losses, counts = [], np.zeros(4)
+            losses, counts = [], np.zeros(2)
             if keep is not None:
                 keep(number, params)
     return params

@@ -36,7 +36,7 @@ PARTS = ("vision", "audio", "language")
 class Recipes:
     """The three recipes; the defaults made the shipped backbones."""
 
-    vision: PerceptionRecipe = PerceptionRecipe(steps=1500, batch_size=64)
+    vision: PerceptionRecipe = PerceptionRecipe(steps=4000, batch_size=64)
     audio: PerceptionRecipe = PerceptionRecipe(steps=1000, batch_size=32)
     language: LanguageRecipe = LanguageRecipe()
 

@@ -32,6 +32,8 @@ class AvtsConfig:
         num_queries: M, media tokens that reach the language model.
         scope: "global": every query reads every token (paper, Eq. 2); "per_frame": the queries form as many groups as
             there are frames; group i reads frame i, the sound of its share of the duration, and all time tokens.
+        time_scope: with "per_frame", which groups read a time token: "all", or "inside": those whose share of the duration
+            its interval touches, so that a group knows from its keys whether it is asked about.
         num_layers, d_model, num_heads, mlp_ratio: of the decoder. d_model 0 means the language model's width.
         attention: "mha" projected and scaled; "plain" the paper's literal Eq. 2-3: no projections, no scale.
         type_embed: a learned vector per modality, zero at first, added to keys: else nothing tells visual from audio.
@@ -44,6 +46,7 @@ class AvtsConfig:
     resampler: str = "avts"
     num_queries: int = 256
     scope: str = "global"
+    time_scope: str = "all"
     num_layers: int = 2
     d_model: int = 1024
     num_heads: int = 16
@@ -58,6 +61,7 @@ class AvtsConfig:
         allowed = {
             "resampler": ("avts", "mlp"),
             "scope": ("global", "per_frame"),
+            "time_scope": ("all", "inside"),
             "attention": ("mha", "plain"),
             "visual_pool": ("none", "bilinear2", "frame"),
             "freq_pool": ("mean", "none", "window"),
@@ -65,6 +69,10 @@ class AvtsConfig:
         for name, values in allowed.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"avts.{name} is {getattr(self, name)!r}; use one of {', '.join(values)}")
+        if self.scope == "global" and self.time_scope != "all":
+            raise ValueError(
+                "avts.time_scope 'inside' needs avts.scope 'per_frame': global queries have no share of the time"
+            )
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"avts.d_model {self.d_model} does not divide by avts.num_heads {self.num_heads}"
@@ -81,12 +89,23 @@ class Tokens:
         seconds: when, f32 [b k].
         mask: which tokens exist, bool [b k].
         place: fixed code of the row and column (patch) or mel row inside one moment, f32 [k d], or None.
+        spans: of time tokens, the interval (seconds) each stands for.
     """
 
     features: Float[Array, "b k e"]
     seconds: Float[Array, "b k"]
     mask: Bool[Array, "b k"]
     place: Float[Array, "k d"] | None = None
+    spans: Float[Array, "b k 2"] | None = None
+
+
+def touches(
+    spans: Float[Array, "b k 2"], duration: Float[Array, "b"], groups: int
+) -> Bool[Array, "b groups k"]:
+    """Whether an interval (seconds) has a moment in common with each of `groups` equal shares of the duration."""
+    first, last = share_of(spans[..., 0], duration, groups), share_of(spans[..., 1], duration, groups)
+    group = jnp.arange(groups)[None, :, None]
+    return (first[:, None] <= group) & (group <= last[:, None])
 
 
 class Perceptron(nn.Module):
@@ -254,7 +273,10 @@ class Resampler(nn.Module):
             jnp.repeat(jnp.arange(self.groups), slots)[None, :, None]
             == jnp.concatenate(shares, axis=1)[:, None, :]
         )
-        times = jnp.ones((b, c.num_queries, kinds[2].seconds.shape[1]), bool)
+        times = jnp.ones((b, self.groups, kinds[2].seconds.shape[1]), bool)
+        if c.time_scope == "inside":
+            times = touches(kinds[2].spans, duration, self.groups)
+        times = jnp.repeat(times, slots, axis=1)
         x = jnp.broadcast_to(x, (b, c.num_queries, self.width))
         return x.astype(c.dtype), pos, jnp.concatenate([own, times], axis=2)
 

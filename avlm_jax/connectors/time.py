@@ -7,7 +7,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from avlm_jax.connectors.positions import geometric_periods, sinusoid
 
@@ -37,6 +37,15 @@ class TimeConfig:
             raise ValueError(f"time.source is {self.source!r}; use 'query', 'frames' or 'both'")
 
 
+def _by_part(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """LeCun's normal for the first row (one value in) and for the rest, each by its own fan-in.
+
+    Drawn as one of 129 values the relative time would start as a hundredth of a token's variance.
+    """
+    kernel = jax.random.normal(key, shape)
+    return kernel.at[1:].multiply(max(shape[0] - 1, 1) ** -0.5)
+
+
 class TemporalLinearProjection(nn.Module):
     """Times in seconds to time tokens. Parameters: kernel [f d], bias [d] (for "table": table [rows d])."""
 
@@ -59,24 +68,29 @@ class TemporalLinearProjection(nn.Module):
             features = jnp.concatenate(
                 [relative[..., None], sinusoid(seconds, geometric_periods(c.periods))], -1
             )
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (features.shape[-1], self.width))
+        kernel = self.param("kernel", _by_part, (features.shape[-1], self.width))
         bias = self.param("bias", nn.initializers.zeros, (self.width,))
         return (
             features.astype(jnp.float32) @ kernel.astype(jnp.float32) + bias.astype(jnp.float32)[None, None]
         )
 
 
-def time_tokens(batch: dict[str, jax.Array], source: str) -> tuple[Float[Array, "b n"], jax.Array]:
-    """Which times become tokens: (seconds [b n], mask bool [b n]).
+def time_tokens(
+    batch: dict[str, jax.Array], source: str
+) -> tuple[Float[Array, "b n"], Float[Array, "b n 2"], Bool[Array, "b n"]]:
+    """Which times become tokens: (seconds, the interval each stands for in seconds, mask).
 
-    An interval gives its start and its end; with "frames" or "both" every valid frame gives its time.
+    An interval gives its start and its end; with "frames" or "both" every valid frame gives its time, an interval of no
+    length.
     """
-    seconds, masks = [], []
+    seconds, spans, masks = [], [], []
     if source in ("query", "both"):
         b, i, _ = batch["intervals"].shape
         seconds.append(batch["intervals"].reshape(b, 2 * i))
+        spans.append(jnp.repeat(batch["intervals"], 2, axis=1))
         masks.append(jnp.repeat(batch["interval_mask"], 2, axis=1))
     if source in ("frames", "both"):
         seconds.append(batch["frame_times"])
+        spans.append(jnp.repeat(batch["frame_times"][..., None], 2, axis=-1))
         masks.append(batch["frame_mask"])
-    return jnp.concatenate(seconds, axis=1), jnp.concatenate(masks, axis=1)
+    return jnp.concatenate(seconds, axis=1), jnp.concatenate(spans, axis=1), jnp.concatenate(masks, axis=1)

@@ -44,10 +44,10 @@ _NEGATED = re.compile(r"\b(?:not|isn't|never|nor|neither)\W+(?:\w+\W+){0,2}$", r
 def extract_strict(response: str, options: Sequence[str] = ()) -> str | None:
     """This project's rule: the one letter that the response states as its answer, or None.
 
-    In this order, and the first kind of statement that is found decides: the response is a letter; "answer
-    (option, choice) is X", "answer: X"; it begins with "X." or "(X)", or ends in "(X)"; it is one option word
-    for word; it holds one capital that stands alone and is no article. A kind of statement that names two
-    letters is no answer, nor is a negated one.
+    In this order, and the first kind of statement that is found decides: the response is a letter; "answer (option, choice)
+    is X", "answer: X"; it begins with "X." or "(X)", or ends in "(X)"; it is one option word for word (an article in front
+    is free); it holds one capital that stands alone and is no article. A kind of statement that names two letters is no
+    answer, nor is a negated one.
 
     Args:
         response: of the model.
@@ -83,7 +83,10 @@ def _one(found: set[str], letters: str) -> str | None:
 
 
 def _plain(text: str) -> str:
-    return " ".join(re.sub(r"[^\w:.\s-]", "", text.casefold()).split()).rstrip(". ")
+    words = re.sub(r"[^\w:.\s-]", "", text.casefold()).split()
+    if words[:1] in (["a"], ["an"], ["the"]) and len(words) > 1:
+        words = words[1:]
+    return " ".join(words).rstrip(". ")
 
 
 EXTRACTORS: Mapping[str, Extractor] = {"official": extract_official, "strict": extract_strict}

@@ -6,7 +6,10 @@ Composition only. Parameter paths: vision/..., audio/..., connector/{visual_mlp,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array
@@ -40,8 +43,8 @@ class Connector(nn.Module):
         self.resampler = Resampler(self.avts, width, self.llm_width, self.frames)
 
     def __call__(self, visual: Tokens, audio: Tokens, batch: dict[str, Array]) -> MediaTokens:
-        seconds, mask = time_tokens(batch, self.time.source)
-        time = Tokens(self.tlp(seconds, batch["duration"]), seconds, mask)
+        seconds, spans, mask = time_tokens(batch, self.time.source)
+        time = Tokens(self.tlp(seconds, batch["duration"]), seconds, mask, spans=spans)
         visual = dataclasses.replace(visual, features=self.visual_mlp(visual.features))
         audio = dataclasses.replace(audio, features=self.audio_mlp(audio.features))
         return MediaTokens(*self.resampler(visual, audio, time, batch["duration"]))
@@ -92,11 +95,24 @@ class SaveNVideo(System):
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         return self.connector(self.visual_tokens(batch), self.audio_tokens(batch), batch)
 
+    def _where_any(self, mask: Array, encode: Callable[..., Any], *inputs: Array) -> Any:
+        """encode(self, *inputs), or zeros in its place without any computation if the whole batch lacks the modality.
+
+        Stage 1a shows no sound and its encoder is a third of a step; masks keep the zeros from being read as silence.
+        """
+        if self.is_initializing():
+            return encode(self, *inputs)
+        empty = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda *x: encode(self, *x), *inputs)
+        )
+        return nn.cond(jnp.any(mask), encode, lambda model, *_: empty, self, *inputs)
+
     def visual_tokens(self, batch: dict[str, Array]) -> Tokens:
         """SigLIP's patch features of all frames; every patch carries its frame's time."""
         frames = batch["frames"]
         b, t = frames.shape[:2]
-        features = self.vision(frames.reshape(b * t, *frames.shape[2:]))
+        flat = frames.reshape(b * t, *frames.shape[2:])
+        features = self._where_any(batch["frame_mask"], lambda model, x: model.vision(x), flat)
         features = features.reshape(b, t, *features.shape[1:])
         pool = self.avts_config.visual_pool
         features = avts_lib.pool_patches(features, self.vision_config.grid, pool)
@@ -113,13 +129,17 @@ class SaveNVideo(System):
         """BEATs' features of all windows; a token's time is the middle of its 160 ms."""
         audio, spans = batch["audio"], batch["audio_spans"]
         b, w, _ = audio.shape
-        # Samples that are sound, not padding, as the filterbank counts them: only whole frames.
-        samples = jnp.round((spans[..., 1] - spans[..., 0]) * SAMPLE_RATE)
+        # Samples that are sound, not padding, as the filterbank counts them: whole frames. Half a hop of tolerance, because
+        # fp32 seconds are off by up to a few samples late in a long video.
+        samples = (spans[..., 1] - spans[..., 0]) * SAMPLE_RATE + FBANK_FRAME_SHIFT / 2
         frames = jnp.floor((samples - FBANK_FRAME_LENGTH) / FBANK_FRAME_SHIFT) + 1
         frames = jnp.where(batch["audio_mask"], frames, 0.0).reshape(b * w)
-        fbank = beats_normalize(kaldi_fbank(audio.reshape(b * w, -1)))
-        valid = jnp.arange(fbank.shape[1])[None] < frames[:, None]
-        features, mask = self.audio(fbank, valid)
+
+        def encode(model: SaveNVideo, audio: Array, frames: Array) -> tuple[Array, Array]:
+            fbank = beats_normalize(kaldi_fbank(audio))
+            return model.audio(fbank, jnp.arange(fbank.shape[1])[None] < frames[:, None])
+
+        features, mask = self._where_any(batch["audio_mask"], encode, audio.reshape(b * w, -1), frames)
         rows = self.audio_config.mel_rows
         steps = features.shape[1] // rows
         step_seconds = self.audio_config.patch_size * FBANK_FRAME_SHIFT / SAMPLE_RATE

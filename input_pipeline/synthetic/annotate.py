@@ -17,6 +17,7 @@ from input_pipeline.synthetic.tasks import (
     NOTHING,
     SILENCE,
     audio_in_order,
+    pairings,
     range_caption,
     range_request,
     says_audio,
@@ -167,6 +168,8 @@ def manifest_lines(scene: Scene, questions: Sequence[Question], video_path: str)
 
     add("visual_caption", "visual", visual_in_order(scene))
     add("audio_caption", "audio", audio_in_order(scene))
+    for number, pair in enumerate(pairings(scene)):
+        add("av_pairs", f"pairs{number}", pair)
     for number, (start, end, inside) in enumerate(_some_ranges(rng, scene, NUM_RANGE_CAPTIONS), start=1):
         add("av_caption", f"av{number}", (range_request(start, end), range_caption(inside, start, end)))
     for number, pair in enumerate(_open_questions(rng, scene), start=1):

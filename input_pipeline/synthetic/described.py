@@ -22,6 +22,7 @@ from input_pipeline.synthetic.tasks import (
     BRIEFLY,
     audio_in_order,
     moment_words,
+    pairings,
     range_caption,
     range_request,
     visual_in_order,
@@ -77,28 +78,16 @@ def pairing_dialogue(
     return [pairs[int(i)] for i in rng.permutation(len(pairs))]
 
 
-PAIR_REQUEST = "Pair what moves with what is heard."
-UNPAIR_REQUEST = "Pair what is heard with what moves."
-
-
-def _in_any_order(rng: np.random.Generator, items: list[str]) -> str:
-    return ", ".join(items[int(i)] for i in rng.permutation(len(items)))
-
-
 def drills(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
     """Many small look-ups at once: what moves, what is heard, figure to sound, sound to figure; in random order.
 
     One question with four options teaches one look-up in fifty tokens; a drill teaches four in half as many.
     """
-    events = scene.events
-    both = [e for e in events if e.figure and e.sound]
-    figures = [e for e in both if sum(o.figure == e.figure for o in events) == 1]
-    sounds = [e for e in both if sum(o.sound == e.sound for o in events) == 1]
-    dialogue = [visual_in_order(scene), audio_in_order(scene)]
-    if figures:
-        dialogue.append((PAIR_REQUEST, _in_any_order(rng, [f"{e.figure} {e.sound}" for e in figures])))
-    if sounds:
-        dialogue.append((UNPAIR_REQUEST, _in_any_order(rng, [f"{e.sound} {e.figure}" for e in sounds])))
+    pairs = []
+    for request, answer in pairings(scene):
+        items = answer.split(", ")
+        pairs.append((request, ", ".join(items[int(i)] for i in rng.permutation(len(items)))))
+    dialogue = [visual_in_order(scene), audio_in_order(scene), *pairs]
     return [dialogue[int(i)] for i in rng.permutation(len(dialogue))]
 
 

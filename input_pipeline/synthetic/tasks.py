@@ -14,6 +14,8 @@ NOTHING = "nothing"  # No figure moves.
 SILENCE = "silence"  # No sound is heard.
 VISUAL_REQUEST = "What moves, in order?"
 AUDIO_REQUEST = "What is heard, in order?"
+PAIR_REQUEST = "Pair what moves with what is heard."
+UNPAIR_REQUEST = "Pair what is heard with what moves."
 BRIEFLY = "Answer in a few words."
 
 
@@ -45,6 +47,22 @@ def visual_in_order(scene: Scene) -> tuple[str, str]:
 def audio_in_order(scene: Scene) -> tuple[str, str]:
     """Stage 1b, audio alignment: what is heard, one after the other."""
     return AUDIO_REQUEST, in_order(scene.events, says_audio, SILENCE)
+
+
+def pairings(scene: Scene) -> list[tuple[str, str]]:
+    """Stage 1b, what is heard with what is seen: figures with their sound, and sounds with their figure.
+
+    A figure (sound) that comes twice is left out: its partner would depend on the time.
+    """
+    both = [e for e in scene.events if e.figure and e.sound]
+    figures = [e for e in both if sum(o.figure == e.figure for o in scene.events) == 1]
+    sounds = [e for e in both if sum(o.sound == e.sound for o in scene.events) == 1]
+    found = []
+    if figures:
+        found.append((PAIR_REQUEST, ", ".join(f"{e.figure} {e.sound}" for e in figures)))
+    if sounds:
+        found.append((UNPAIR_REQUEST, ", ".join(f"{e.sound} {e.figure}" for e in sounds)))
+    return found
 
 
 def range_request(start: float, end: float) -> str:

@@ -137,11 +137,26 @@ def test_time_tokens_come_from_the_question_or_the_frames(source, count):
         "frame_times": jnp.asarray([[0.5, 1.5, 2.5]]),
         "frame_mask": jnp.asarray([[True, True, False]]),
     }
-    seconds, mask = time_tokens(batch, source)
-    assert seconds.shape == mask.shape == (1, count)
+    seconds, spans, mask = time_tokens(batch, source)
+    assert seconds.shape == mask.shape == (1, count) and spans.shape == (1, count, 2)
     if source != "frames":
         np.testing.assert_array_equal(seconds[0, :4], [1.0, 2.0, 5.0, 5.0])
         np.testing.assert_array_equal(mask[0, :4], [True, True, False, False])
+        np.testing.assert_array_equal(spans[0, :4], [[1, 2], [1, 2], [5, 5], [5, 5]])
+
+
+def test_groups_outside_an_interval_do_not_read_its_time(kinds):
+    visual, audio, time, duration = kinds
+    span = jnp.broadcast_to(jnp.asarray([1.2, 2.9]), (B, 2, 2))
+    time = dataclasses.replace(time, spans=span)
+    model = resampler(scope="per_frame", time_scope="inside", num_layers=1)
+    params = model.init(jax.random.key(0), visual, audio, time, duration)
+    _, state = model.apply(params, visual, audio, time, duration, mutable=["intermediates"])
+    weights = np.asarray(state["intermediates"]["layer_0"]["cross"]["weights"][0])[0, :, -2:]
+    reads = (weights > 0).all(axis=-1).reshape(FRAMES, 2)
+    np.testing.assert_array_equal(reads, [[False] * 2, [True] * 2, [True] * 2, [False] * 2])
+    with pytest.raises(ValueError, match="per_frame"):
+        AvtsConfig(scope="global", time_scope="inside")
 
 
 def test_half_grid_and_shares():

@@ -62,6 +62,8 @@ def test_truth_table(response: str, official: str | None, ours: str | None) -> N
         ("A or B", None),
         ("The answer is B. No, the answer is C.", None),
         ("Drum", "C"),
+        ("The drum.", "C"),
+        ("bell, drum", None),
         ("the drum is heard", None),
         ("E", None),
         ("A dog barks", None),

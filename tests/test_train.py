@@ -1,0 +1,255 @@
+"""The loop: it learns, hands stages on, and a run that was stopped in any way ends as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from avlm_jax import cli, train
+from avlm_jax.assembly import assemble
+from avlm_jax.backbones.make import hf_config
+from avlm_jax.checkpoint import TREE_FILE, load_tree
+from avlm_jax.config import ConfigError
+from avlm_jax.state import flatten, unflatten
+from avlm_jax.weights.qwen2 import save_qwen2
+from avlm_jax.writer import METRICS_FILE, read_metrics
+from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records
+
+STEPS = {"1a": 3, "2b": 24}
+SAVE_EVERY = 8
+IDS = ["v0-q1", "v1-q1"]  # The two samples, both in every batch.
+# Two stages of the recipe. 2b is kept from the visual part here, so that its result shows what 1a had learnt;
+# dropout makes it draw random numbers, which a continued run must draw again.
+CHAIN = (
+    "stages=1a,2b",
+    "stage.1a.max_length=0",
+    "stage.2b.parent=1a",
+    "stage.2b.trainable=('connector/audio_mlp/.*', 'llm/.*/lora_[ab]')",
+    "stage.2b.optim.lr=0.03",
+    "model.llm.lora.dropout=0.1",
+    "log_every=1",
+    f"save_every={SAVE_EVERY}",
+    *(f"stage.{stage}.steps={steps}" for stage, steps in STEPS.items()),
+    *(f"stage.{stage}.batch_size=2" for stage in STEPS),
+    *(f"stage.{stage}.sources.0.tasks=()" for stage in STEPS),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An undisturbed run of both stages and the command it was made by."""
+
+    workdir: Path
+    overrides: tuple[str, ...]
+
+    def command(self, workdir: Path, *more: str, arguments: str = "") -> list[str]:
+        """`avlm` arguments; `more` are further overrides, `arguments` stand behind the configuration's name."""
+        overrides = [f"--config.{override}" for override in (*self.overrides, *more)]
+        return ["train", "--config", f"{CONFIG}:size=demo{arguments}", "--workdir", str(workdir), *overrides]
+
+    def workdir_with_first_stage(self, folder: Path) -> Path:
+        """A working directory as it is when stage 1a has just been finished."""
+        shutil.copytree(self.workdir / "1a", folder / "1a")
+        return folder
+
+    def assert_ended_alike(self, workdir: Path) -> None:
+        for name in (METRICS_FILE, f"final/{TREE_FILE}", "final/config.json", "final/metadata.json"):
+            expected, found = ((folder / "2b" / name).read_bytes() for folder in (self.workdir, workdir))
+            assert found == expected, f"{name} differs"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    place = tmp_path_factory.mktemp("train")
+    tokenizer = save_tokenizer(place / "tokenizer")
+    assembly = assemble(tiny_config(tokenizer))
+    records = write_records(place / "records", assembly.system.spec, videos=2, questions=1)
+    sources = [f"stage.{stage}.sources.0.records={records}" for stage in STEPS]
+    # A fresh language model says everything with the same probability, and adapters alone do not change that.
+    llm = {
+        path: leaf for path, leaf in flatten(random_params(assembly)["llm"]).items() if "lora_" not in path
+    }
+    save_qwen2(place / "llm", hf_config(assembly.system.llm_config, assembly.tokenizer), unflatten(llm))
+    folders = (f"text.tokenizer={tokenizer}", f"init.llm={place / 'llm'}")
+    run = Run(place / "undisturbed", (*SIZES, *folders, *CHAIN, *sources))
+    assert cli.main(run.command(run.workdir)) == 0
+    return run
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], Any]], None]:
+    """(step, change) -> from now on the batch of that step is what `change` makes of it."""
+
+    def install(step: int, change: Callable[[Any], Any]) -> None:
+        put_batch, asked = train.put_batch, iter(range(1, 1000))
+
+        def put(batch: Any, mesh: Any) -> Any:
+            return put_batch(change(batch) if next(asked) == step else batch, mesh)
+
+        monkeypatch.setattr(train, "put_batch", put)
+
+    return install
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    return sorted(
+        int(path.name) for path in (workdir / "2b" / "checkpoints").iterdir() if path.name.isdigit()
+    )
+
+
+def test_every_step_is_in_the_trace(run: Run) -> None:
+    for stage, steps in STEPS.items():
+        lines = read_metrics(run.workdir / stage)
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        for line in lines:
+            assert set(line) == {"step", "loss", "accuracy", "targets", "grad_norm", "lr"}
+            assert np.isfinite(line["loss"]) and line["grad_norm"] > 0 and 0 <= line["accuracy"] <= 1
+    assert (
+        lines[0]["lr"] == pytest.approx(0.03) and lines[-1]["lr"] < 0.001
+    )  # One step of warm-up, then cosine.
+    # Per row "b (B)", the end of the turn and a line's end, one token per byte.
+    assert {line["targets"] for line in lines} == {2 * (len("b (B)") + 2)}
+
+
+def test_the_loss_falls_on_what_is_seen_again_and_again(run: Run) -> None:
+    losses = [line["loss"] for line in read_metrics(run.workdir / "2b")]
+    assert np.mean(losses[-3:]) < 0.6 * losses[0]
+
+
+def test_a_stage_publishes_all_that_was_learnt_and_its_lineage(run: Run) -> None:
+    (first, first_config, first_meta), (last, last_config, last_meta) = (
+        load_tree(run.workdir / stage / "final") for stage in STEPS
+    )
+    first, last = flatten(first), flatten(last)
+    assert {path.split("/")[1] for path in first} == {"visual_mlp", "tlp", "resampler"}
+    learnt = set(last) - set(first)
+    assert {path.split("/")[1] for path in learnt} == {"audio_mlp", "layers"}
+    assert all(path.startswith("connector/audio_mlp/") or "/lora_" in path for path in learnt)
+    for path, value in first.items():  # What 1a learnt and 2b left alone is there, to the last bit.
+        np.testing.assert_array_equal(last[path], value, err_msg=path)
+    assert any(
+        np.any(value) for path, value in last.items() if path.endswith("lora_b")
+    )  # They began at zero.
+    assert first_meta["parent"] is None and last_meta["parent"] == first_meta["hash"] != last_meta["hash"]
+    assert (first_meta["stage"], last_meta["stage"]) == ("1a", "2b")
+    assert last_meta["steps"] == STEPS["2b"] and {"jax", "flax", "avlm_jax"} <= set(last_meta["versions"])
+    assert first_config == last_config and last_config["stage"]["2b"]["optim"]["lr"] == 0.03
+
+
+def test_a_stage_begins_from_its_parents_result(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def stop(params: Any, patterns: Any) -> None:
+        raise Begun(params)
+
+    workdir = run.workdir_with_first_stage(tmp_path)
+    monkeypatch.setattr(train, "split", stop)
+    with pytest.raises(Begun) as begun:
+        cli.main(run.command(workdir))
+    begins = flatten(begun.value.args[0])
+    for path, value in flatten(load_tree(run.workdir / "1a" / "final")[0]).items():
+        np.testing.assert_array_equal(begins[path], value, err_msg=path)
+
+
+def test_finished_stages_are_left_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sorted(run.workdir.rglob("*"))}
+    # How often it logs does not change what a stage is.
+    assert cli.main(run.command(run.workdir, "log_every=5")) == 0
+    printed = capsys.readouterr().out
+    assert "stage 1a: finished before" in printed and "stage 2b: finished before" in printed
+    assert {path: path.stat().st_mtime_ns for path in sorted(run.workdir.rglob("*"))} == before
+
+
+def test_another_configuration_in_the_same_workdir_is_refused(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(run.command(run.workdir, "stage.1a.optim.lr=0.5", "model.avts.num_layers=2")) == 2
+    error = capsys.readouterr().err
+    assert "stage.1a.optim.lr: 0.002 there, 0.5 now" in error
+    assert "model.avts.num_layers: 1 there, 2 now" in error and "--workdir" in error
+
+
+def test_a_stage_without_its_parent_names_the_command(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [item for item in run.command(tmp_path, arguments=",stage=2b") if "config.stages" not in item]
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "begins from stage 1a" in error and "stage=1a" in error and str(tmp_path) in error
+    with pytest.raises(ConfigError, match="no result"):
+        train.load_parent(train.StageConfig((), (), 1, parent="1b"), tmp_path)
+
+
+def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
+    run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(batch: Any) -> Any:
+        raise KeyboardInterrupt
+
+    workdir = run.workdir_with_first_stage(tmp_path)
+    at_step(2 * SAVE_EVERY + 3, stop)
+    assert cli.main(run.command(workdir)) == cli.EXIT_INTERRUPTED
+    assert saved_steps(workdir) == [SAVE_EVERY, 2 * SAVE_EVERY]
+    assert not (workdir / "2b" / "final").exists()
+    assert cli.main(run.command(workdir)) == 0
+    assert f"stage 2b: continues at step {2 * SAVE_EVERY} of {STEPS['2b']}" in capsys.readouterr().out
+    run.assert_ended_alike(workdir)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
+    run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = run.workdir_with_first_stage(tmp_path)
+    bad = SAVE_EVERY + 2
+    at_step(bad, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
+    assert cli.main(run.command(workdir)) == train.TrainingError.exit_code == 1
+    error = capsys.readouterr().err
+    assert f"stage 2b, step {bad}: loss nan" in error and "config.stage.2b.optim.lr" in error
+    assert all(sample in error for sample in IDS)
+    assert saved_steps(workdir) == [SAVE_EVERY] and not (workdir / "2b" / "final").exists()
+    assert [line["step"] for line in read_metrics(workdir / "2b")] == list(range(1, bad))
+    assert cli.main(run.command(workdir)) == 0  # The next time nothing is wrong with that batch.
+    run.assert_ended_alike(workdir)
+
+
+# The process ends itself, so that it always ends at the same step, with the checkpoint before it half written.
+KILLED = """
+import os, signal, sys
+from avlm_jax import cli, train
+from avlm_jax.assembly import assemble
+from avlm_jax.backbones.make import hf_config
+put_batch, asked = train.put_batch, iter(range(1, 1000))
+def put(batch, mesh):
+    if next(asked) == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put_batch(batch, mesh)
+train.put_batch = put
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_continues_as_if_undisturbed(run: Run, tmp_path: Path, repository: Path) -> None:
+    workdir = run.workdir_with_first_stage(tmp_path)
+    code = KILLED.format(step=2 * SAVE_EVERY + 1)
+    command = [sys.executable, "-c", code, *run.command(workdir)]
+    killed = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    lines = [json.loads(line) for line in (workdir / "2b" / METRICS_FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 2 * SAVE_EVERY + 1))
+    assert not (workdir / "2b" / "final").exists()
+    assert cli.main(run.command(workdir)) == 0
+    run.assert_ended_alike(workdir)

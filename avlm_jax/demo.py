@@ -38,7 +38,7 @@ PROTOCOL = (
 )
 ANSWER_TOKENS = 6
 REPORT, TIMELINE = "demo_report.json", "timeline.png"
-TRAIN_VIDEOS, TEST_VIDEOS = 320, 50  # 50 videos with five questions each: 250 held-out questions.
+TRAIN_VIDEOS, TEST_VIDEOS = 280, 50  # 50 videos with five questions each: 250 held-out questions.
 TEST_SEED = 1_000_000  # Added to the seed: test videos are drawn apart from training videos.
 
 # Row of the report -> (model, modalities that it is shown); the rows of Table 4 in the SAVEn-Vid paper, and text alone.

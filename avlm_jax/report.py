@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from avlm_jax.assembly import Assembly
+from avlm_jax.connectors.avts import pooled_grid
 from avlm_jax.evals.multiple_choice import percent
 from avlm_jax.generate import Generator
 from input_pipeline.conversation import PLACEHOLDERS
@@ -57,11 +58,13 @@ def comparison_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 class ResamplerAttention(NamedTuple):
-    """How each query of the resampler divides its attention; the three sum to 1 per query.
+    """How each query of the resampler divides its attention; the three sum to 1 per query,
+    or to 0 for a query that may read nothing.
 
     Attributes:
         over_frames: f32 [m t], summed over the patches of a frame.
-        over_audio: f32 [m w*steps], summed over the mel rows of a time step.
+        over_audio: f32 [m w*steps], summed over the mel rows of a time step; one step a window where freq_pool is
+            "window".
         over_time: f32 [m n], over the time tokens.
     """
 
@@ -92,13 +95,17 @@ def resampler_attention(
             "this system's connector does not attend (model.avts.resampler is 'mlp'): no attention to show"
         )
     weights = np.mean(layers, axis=0)
+    # A query that may read nothing has the same weight everywhere, and uses none of it.
+    weights = np.where(np.ptp(weights, axis=1, keepdims=True) > 0, weights, 0.0)
     spec = system.spec
-    grid = system.vision_config.grid
-    patches = (-(-grid // 2) if system.avts_config.visual_pool == "bilinear2" else grid) ** 2
+    patches = pooled_grid(system.vision_config.grid, system.avts_config.visual_pool) ** 2
     mel_rows = system.audio_config.mel_rows
-    per_window = system.audio_config.num_tokens(spec.window_frames)
-    rows = 1 if system.avts_config.freq_pool == "mean" else mel_rows
-    ends = np.cumsum([spec.num_frames * patches, spec.max_windows * per_window // mel_rows * rows])
+    steps = system.audio_config.num_tokens(spec.window_frames) // mel_rows
+    pool = system.avts_config.freq_pool
+    rows = mel_rows if pool == "none" else 1
+    ends = np.cumsum(
+        [spec.num_frames * patches, spec.max_windows * (1 if pool == "window" else steps * rows)]
+    )
     seen, heard, time = np.split(weights, ends, axis=1)
     queries = len(weights)
     return ResamplerAttention(

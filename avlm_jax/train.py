@@ -142,10 +142,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     )
     total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
     metadata = {"stage": name, "parent": parent_hash, "versions": versions()}
+    made_with = json.loads(config_to_json(config))
     with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
         start = 0
         if (found := checkpointer.restore_latest(state)) is not None:
-            state, data_state, _ = found
+            state, data_state, saved = found
+            check_same_config(config, saved["config"], workdir / name / "checkpoints")
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
@@ -162,13 +164,11 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
                 name,
                 start,
                 total,
-                metadata,
+                {**metadata, "config": made_with},
             )
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(jax.device_get(state.trainable)))
-    save_tree(
-        workdir / name / "final", published, json.loads(config_to_json(config)), {**metadata, "steps": total}
-    )
+    save_tree(workdir / name / "final", published, made_with, {**metadata, "steps": total})
 
 
 def loop(
@@ -271,6 +271,11 @@ def load_parent(stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | N
 def check_same_run(config: ConfigDict, final: Path) -> None:
     """Raises ConfigError naming what differs if `final` was made by another configuration than `config`."""
     _, made_by, _ = load_tree(final)
+    check_same_config(config, made_by, final)
+
+
+def check_same_config(config: ConfigDict, made_by: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError naming what differs if `config` is not `made_by`, the configuration of what lies in `where`."""
     ours, theirs = (flatten_json(c) for c in (json.loads(config_to_json(config)), made_by))
     # Which stages a command runs and how often it logs do not change what a stage is.
     free = ("stages", "log_every", "save_every", "loader")
@@ -279,7 +284,7 @@ def check_same_run(config: ConfigDict, final: Path) -> None:
     )
     if keys:
         told = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
-        raise ConfigError(f"{final} was made by another configuration ({told}); choose another --workdir")
+        raise ConfigError(f"{where} was made by another configuration ({told}); choose another --workdir")
 
 
 def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -121,7 +121,7 @@ def test_more_frames_than_fit_are_refused_with_the_plan(
 def test_a_global_resampler_takes_any_number_of_frames(
     checkpoint: Callable[..., Path], shared_media: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = checkpoint("model.avts.scope=global")
+    folder = checkpoint("model.avts.scope=global", "model.avts.time_scope=all")
     command = ["ask", str(shared_media / "nasa_13013.mp4"), "What?", "--checkpoint", str(folder)]
     assert cli.main([*command, "--frames", "7", "--max-new-tokens", "2"]) == 0
     assert "7 frames + 3 audio windows" in capsys.readouterr().out

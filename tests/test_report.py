@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def assembly(place: Path) -> Assembly:
-    return assemble(tiny_config(place))
+    return assemble(tiny_config(place, "model.avts.time_scope=inside"))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,25 @@ def test_attention(assembly: Assembly, params: dict) -> None:
     # s.
     assert (seen[:2, 0] > 0).all() and (seen[:2, 1:] == 0).all()
     assert (seen[4:6, 1] > 0).all() and (seen[4:6, 0] == 0).all()
+
+
+def test_attention_over_pooled_tokens(place: Path) -> None:
+    overrides = ("model.avts.visual_pool=frame", "model.avts.freq_pool=window", "model.avts.scope=global")
+    assembly = assemble(tiny_config(place, *overrides, "model.avts.time_scope=all"))
+    batch = {key: value[None] for key, value in arrays(assembly).items()}
+    seen, heard, time = resampler_attention(assembly, random_params(assembly), batch)
+    assert seen.shape == (8, 4) and heard.shape == (8, 3) and time.shape == (8, 6)
+    np.testing.assert_allclose(seen.sum(1) + heard.sum(1) + time.sum(1), 1, atol=1e-5)
+    assert (seen > 0).all() and (heard > 0).all()
+
+
+def test_queries_that_may_read_nothing_attend_to_nothing(assembly: Assembly, params: dict) -> None:
+    # Only the first quarter of the time is seen and heard, and asked about.
+    row = arrays(assembly, frames=1, windows=1)
+    row["frame_times"][0], row["intervals"][0] = 0.1, (0.0, 0.2)
+    batch = {key: value[None] for key, value in row.items()}
+    sums = sum(part.sum(axis=1) for part in resampler_attention(assembly, params, batch))
+    np.testing.assert_allclose(sums, [1] * 2 + [0] * 6, atol=1e-5)
 
 
 def test_attention_of_a_connector_without_any(place: Path) -> None:

@@ -24,25 +24,26 @@ from avlm_jax.config import ConfigError
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
+from input_pipeline.conversation import load_tokenizer
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records
 
 STEPS = {"1a": 3, "2b": 24}
 SAVE_EVERY = 8
-IDS = ["v0-q1", "v1-q1"]  # The two samples, both in every batch.
+SAMPLES, BATCH = 3, 2  # Which samples a batch holds depends on the position in the data.
 # Two stages of the recipe. 2b is kept from the visual part here, so that its result shows what 1a had learnt;
 # dropout makes it draw random numbers, which a continued run must draw again.
 CHAIN = (
     "stages=1a,2b",
     "stage.1a.max_length=0",
+    "stage.2b.max_length=0",
     "stage.2b.parent=1a",
     "stage.2b.trainable=('connector/audio_mlp/.*', 'llm/.*/lora_[ab]')",
-    "stage.2b.optim.lr=0.03",
+    "stage.2b.optim.lr=0.01",
     "model.llm.lora.dropout=0.1",
     "log_every=1",
     f"save_every={SAVE_EVERY}",
     *(f"stage.{stage}.steps={steps}" for stage, steps in STEPS.items()),
-    *(f"stage.{stage}.batch_size=2" for stage in STEPS),
-    *(f"stage.{stage}.sources.0.tasks=()" for stage in STEPS),
+    *(f"stage.{stage}.batch_size={BATCH}" for stage in STEPS),
 )
 
 
@@ -51,6 +52,7 @@ class Run:
     """An undisturbed run of both stages and the command it was made by."""
 
     workdir: Path
+    tokenizer: Path
     overrides: tuple[str, ...]
 
     def command(self, workdir: Path, *more: str, arguments: str = "") -> list[str]:
@@ -74,15 +76,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     place = tmp_path_factory.mktemp("train")
     tokenizer = save_tokenizer(place / "tokenizer")
     assembly = assemble(tiny_config(tokenizer))
-    records = write_records(place / "records", assembly.system.spec, videos=2, questions=1)
-    sources = [f"stage.{stage}.sources.0.records={records}" for stage in STEPS]
+    records = write_records(place / "records", assembly.system.spec, videos=SAMPLES, questions=1)
+    sources = [
+        f"stage.{stage}.sources.0.{key}" for stage in STEPS for key in (f"records={records}", "tasks=()")
+    ]
     # A fresh language model says everything with the same probability, and adapters alone do not change that.
     llm = {
         path: leaf for path, leaf in flatten(random_params(assembly)["llm"]).items() if "lora_" not in path
     }
     save_qwen2(place / "llm", hf_config(assembly.system.llm_config, assembly.tokenizer), unflatten(llm))
     folders = (f"text.tokenizer={tokenizer}", f"init.llm={place / 'llm'}")
-    run = Run(place / "undisturbed", (*SIZES, *folders, *CHAIN, *sources))
+    run = Run(place / "undisturbed", tokenizer, (*SIZES, *folders, *CHAIN, *sources))
     assert cli.main(run.command(run.workdir)) == 0
     return run
 
@@ -116,15 +120,15 @@ def test_every_step_is_in_the_trace(run: Run) -> None:
             assert set(line) == {"step", "loss", "accuracy", "targets", "grad_norm", "lr"}
             assert np.isfinite(line["loss"]) and line["grad_norm"] > 0 and 0 <= line["accuracy"] <= 1
     assert (
-        lines[0]["lr"] == pytest.approx(0.03) and lines[-1]["lr"] < 0.001
+        lines[0]["lr"] == pytest.approx(0.01) and lines[-1]["lr"] < 0.0001
     )  # One step of warm-up, then cosine.
     # Per row "b (B)", the end of the turn and a line's end, one token per byte.
-    assert {line["targets"] for line in lines} == {2 * (len("b (B)") + 2)}
+    assert {line["targets"] for line in lines} == {BATCH * (len("b (B)") + 2)}
 
 
 def test_the_loss_falls_on_what_is_seen_again_and_again(run: Run) -> None:
     losses = [line["loss"] for line in read_metrics(run.workdir / "2b")]
-    assert np.mean(losses[-3:]) < 0.6 * losses[0]
+    assert np.mean(losses[-3:]) < 0.3 * losses[0]
 
 
 def test_a_stage_publishes_all_that_was_learnt_and_its_lineage(run: Run) -> None:
@@ -144,7 +148,7 @@ def test_a_stage_publishes_all_that_was_learnt_and_its_lineage(run: Run) -> None
     assert first_meta["parent"] is None and last_meta["parent"] == first_meta["hash"] != last_meta["hash"]
     assert (first_meta["stage"], last_meta["stage"]) == ("1a", "2b")
     assert last_meta["steps"] == STEPS["2b"] and {"jax", "flax", "avlm_jax"} <= set(last_meta["versions"])
-    assert first_config == last_config and last_config["stage"]["2b"]["optim"]["lr"] == 0.03
+    assert first_config == last_config and last_config["stage"]["2b"]["optim"]["lr"] == 0.01
 
 
 def test_a_stage_begins_from_its_parents_result(
@@ -205,6 +209,9 @@ def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
     assert cli.main(run.command(workdir)) == cli.EXIT_INTERRUPTED
     assert saved_steps(workdir) == [SAVE_EVERY, 2 * SAVE_EVERY]
     assert not (workdir / "2b" / "final").exists()
+    # Half a stage is not continued at another rate, also where no finished stage is looked at.
+    assert cli.main(run.command(workdir, "stages=2b", "stage.2b.optim.lr=0.5")) == 2
+    assert "stage.2b.optim.lr: 0.01 there, 0.5 now" in capsys.readouterr().err
     assert cli.main(run.command(workdir)) == 0
     assert f"stage 2b: continues at step {2 * SAVE_EVERY} of {STEPS['2b']}" in capsys.readouterr().out
     run.assert_ended_alike(workdir)
@@ -215,11 +222,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
 ) -> None:
     workdir = run.workdir_with_first_stage(tmp_path)
     bad = SAVE_EVERY + 2
-    at_step(bad, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
+    poisoned = []
+
+    def poison(batch: Any) -> Any:
+        poisoned.append(batch["tokens"])
+        return dict(batch, duration=batch["duration"] * np.float32("nan"))
+
+    at_step(bad, poison)
     assert cli.main(run.command(workdir)) == train.TrainingError.exit_code == 1
     error = capsys.readouterr().err
     assert f"stage 2b, step {bad}: loss nan" in error and "config.stage.2b.optim.lr" in error
-    assert all(sample in error for sample in IDS)
+    # Sample "v1-q1" asks "At 00:01, which?1".
+    texts = load_tokenizer(run.tokenizer).batch_decode(poisoned[0])
+    ids = [f"v{text.partition('which?')[2][0]}-q1" for text in texts]
+    assert len(ids) == BATCH and f"The samples of that step: {', '.join(ids)} ..." in error
     assert saved_steps(workdir) == [SAVE_EVERY] and not (workdir / "2b" / "final").exists()
     assert [line["step"] for line in read_metrics(workdir / "2b")] == list(range(1, bad))
     assert cli.main(run.command(workdir)) == 0  # The next time nothing is wrong with that batch.

@@ -32,8 +32,9 @@ class AvtsConfig:
         num_queries: M, media tokens that reach the language model.
         scope: "global": every query reads every token (paper, Eq. 2); "per_frame": the queries form as many groups as
             there are frames; group i reads frame i, the sound of its share of the duration, and all time tokens.
-        time_scope: with "per_frame", which groups read a time token: "all", or "inside": those whose share of the duration
-            its interval touches, so that a group knows from its keys whether it is asked about.
+        time_scope: with "per_frame": "all" groups read every time token; "inside": a group reads the times of an interval
+            that touches its share of the duration, and is masked if no asked interval does. Without a time in the question
+            the interval is the whole duration.
         num_layers, d_model, num_heads, mlp_ratio: of the decoder. d_model 0 means the language model's width.
         attention: "mha" projected and scaled; "plain" the paper's literal Eq. 2-3: no projections, no scale.
         type_embed: a learned vector per modality, zero at first, added to keys: else nothing tells visual from audio.
@@ -228,6 +229,10 @@ class Resampler(nn.Module):
         )
         cross_mask = readable & mask[:, None, :]
         valid = jnp.any(cross_mask & is_media[:, None, :], axis=-1)
+        if (
+            c.time_scope == "inside"
+        ):  # The question is not about this group's share of the time: nothing to tell.
+            valid &= jnp.any(cross_mask & ~is_media[:, None, :], axis=-1)
         self_mask = valid[:, None, :] & jnp.ones((1, x.shape[1], 1), bool)
         for layer in range(c.num_layers):
             block = ResamplerBlock(c, self.width, name=f"layer_{layer}")

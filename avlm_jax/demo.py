@@ -83,7 +83,12 @@ def records_of(workdir: Path, split: str, count: int, seed: int, spec: MediaSpec
     out = workdir / "records" / split
     stamp = workdir / "records" / f"{split}.json"
     asked = {"count": count, "seed": seed}
-    if stamp.exists() and json.loads(stamp.read_text()) == asked:
+    made = json.loads(stamp.read_text()) if stamp.exists() else None
+    if made is not None and made != asked:
+        raise ConfigError(
+            f"{workdir} was made with {made}, now {asked} is asked; add --fresh or choose another --workdir"
+        )
+    if made is not None:
         print(f"   {split}: records are there")
         return out
     videos = workdir / "videos" / split
@@ -103,7 +108,7 @@ def stage_config(workdir: Path, seed: int, resampler: str) -> ConfigDict:
     base = load_config(CONFIG)
     overrides = [f"seed={seed}", f"model.avts.resampler={resampler}"]
     if resampler == "mlp":
-        # All that the perceptrons give reaches the prompt: one token a frame and a window, as many as AVTS has.
+        # All that the perceptrons give reaches the prompt: one token a frame, a window and a time slot, so it is longer.
         overrides += ["model.avts.visual_pool=frame", "model.avts.freq_pool=window"]
         shortest = num_media_tokens(base)
         more = num_media_tokens(load_config(CONFIG, overrides)) - shortest
@@ -225,7 +230,9 @@ def run(args: argparse.Namespace) -> int:
         shutil.rmtree(workdir, ignore_errors=True)
     report = run_demo(workdir, args.seed, args.train_videos, args.test_videos)
     print(f"\n{workdir / REPORT} and {report['picture']} written; {report['seconds']:.0f} s in all")
+    video = min((workdir / "videos" / "test" / "videos").glob("*.mp4"))
+    checkpoint = workdir / "full" / "2b" / "final"
     print(
-        f'Ask about any video: avlm ask {workdir}/videos/test/videos/*0.mp4 "What is heard at each moment?"'
+        f'Ask about any video: .venv/bin/avlm ask {video} "What is heard, in order?" --checkpoint {checkpoint}'
     )
     return 0

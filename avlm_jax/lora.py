@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (systems.md 1.10).
+# Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
 ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 

@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
     for name in config.stages:
         finals[name] = workdir / name / "final"
         if finals[name].exists():
-            check_same_run(config, finals[name])
+            check_finished(config, name, finals[name])
             print(f"stage {name}: finished before, {finals[name]}", flush=True)
         else:
             run_stage(assembly, name, workdir)
@@ -119,8 +119,13 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     parent_hash, learnt = load_parent(stage, workdir)
-    params, _ = assembly.parameters(learnt)
-    trainable, frozen = split(params, stage.trainable)
+    try:
+        params, _ = assembly.parameters(learnt)
+        trainable, frozen = split(params, stage.trainable)
+    except UserError:
+        raise
+    except ValueError as error:  # Weights, a parent's result or a pattern that do not fit the configuration.
+        raise ConfigError(f"stage {name}: {error}") from error
     del params
     print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
 
@@ -147,7 +152,8 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         start = 0
         if (found := checkpointer.restore_latest(state)) is not None:
             state, data_state, saved = found
-            check_same_config(config, saved["config"], workdir / name / "checkpoints")
+            check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
+            check_parent(saved["parent"], parent_hash, stage, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
@@ -268,20 +274,44 @@ def load_parent(stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | N
     return metadata["hash"], tree
 
 
-def check_same_run(config: ConfigDict, final: Path) -> None:
-    """Raises ConfigError naming what differs if `final` was made by another configuration than `config`."""
-    _, made_by, _ = load_tree(final)
-    check_same_config(config, made_by, final)
+def check_finished(config: ConfigDict, name: str, final: Path) -> None:
+    """Raises ConfigError if `final` was made by another configuration, or from another result of its parent stage."""
+    _, made_by, metadata = load_tree(final)
+    check_same_config(config, name, made_by, final)
+    parent = config.stage[name].parent
+    beginning = final.parents[1] / parent / "final"
+    if parent and beginning.exists():
+        stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
+        check_parent(metadata["parent"], load_tree(beginning)[2]["hash"], stage, final.parent)
 
 
-def check_same_config(config: ConfigDict, made_by: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError naming what differs if `config` is not `made_by`, the configuration of what lies in `where`."""
+def check_parent(begun_from: str | None, parent_hash: str | None, stage: StageConfig, folder: Path) -> None:
+    """Raises ConfigError if what lies in `folder` was begun from another result of its parent stage than there is now."""
+    if begun_from != parent_hash:
+        raise ConfigError(
+            f"{folder} was begun from another result of stage {stage.parent or '(none)'} than the one there is now; "
+            f"delete {folder} to train it again"
+        )
+
+
+def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any], where: Path) -> None:
+    """Raises ConfigError naming what differs if what lies in `where` was made by another configuration.
+
+    Counted are the keys that stage `name` and the stages it descends from depend on.
+    """
     ours, theirs = (flatten_json(c) for c in (json.loads(config_to_json(config)), made_by))
+    lineage, ancestor = set(), name
+    while ancestor and ancestor not in lineage:
+        lineage.add(ancestor)
+        ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
     # Which stages a command runs and how often it logs do not change what a stage is.
     free = ("stages", "log_every", "save_every", "loader")
-    keys = sorted(
-        k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and k.split(".")[0] not in free
-    )
+
+    def counts(key: str) -> bool:
+        first, _, rest = key.partition(".")
+        return first not in free and (first != "stage" or rest.partition(".")[0] in lineage)
+
+    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and counts(k))
     if keys:
         told = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
         raise ConfigError(f"{where} was made by another configuration ({told}); choose another --workdir")

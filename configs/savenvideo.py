@@ -1,4 +1,4 @@
-"""SAVEnVideo's four-stage recipe (SAVEn-Vid paper, sections 4.2 and 5; holes filled as `defaults` below say).
+"""SAVEnVideo's four-stage recipe (SAVEn-Vid paper, sections 4.2 and 5; its holes are fields, see each Config's docstring).
 
     avlm demo                                                       # size=demo end to end, ten minutes on two CPU cores
     avlm train --config configs/savenvideo.py:size=7b --workdir W   # all stages in order, resumes where it was
@@ -131,7 +131,7 @@ def full() -> ConfigDict:
                     "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
                 },
             },
-            # Folders in Hugging Face form; see README, "Your own weights".
+            # Folders in Hugging Face form; see README, "The 7B model".
             "init": {"vision": "weights/siglip", "audio": "weights/beats", "llm": "weights/qwen2"},
             "text": {"tokenizer": "weights/qwen2", "max_length": 2048, "template": "chatml", "system": None},
             "frozen_dtype": "bfloat16",
@@ -240,7 +240,7 @@ def demo() -> ConfigDict:
         {k: f"{backbones}/{v}" for k, v in (("vision", "siglip"), ("audio", "beats"), ("llm", "qwen2"))}
     )
     config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 160, "system": ""})
-    config.update({"frozen_dtype": "float32", "log_every": 1, "save_every": 25, "loss_chunk": 64})
+    config.update({"frozen_dtype": "float32", "log_every": 1, "save_every": 50, "loss_chunk": 64})
     config.mesh.update({"data": -1, "fsdp": 1})
     records = "runs/demo/records/train"
     config.stage = ConfigDict(

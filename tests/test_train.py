@@ -198,6 +198,18 @@ def test_a_stage_without_its_parent_names_the_command(
         train.load_parent(train.StageConfig((), (), 1, parent="1b"), tmp_path)
 
 
+def test_parameters_that_do_not_fit_are_told_by_their_path(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = run.workdir_with_first_stage(tmp_path)
+    assert cli.main(run.command(workdir, "stages=2b", "stage.2b.trainable=('connector/audio/.*',)")) == 2
+    error = capsys.readouterr().err
+    assert "stage 2b: trainable pattern" in error and "nearest paths: connector/audio_mlp" in error
+    assert cli.main(run.command(workdir, "stages=2b", "model.avts.d_model=16")) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint holds connector/" in error and "this configuration wants shape" in error
+
+
 def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
     run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:

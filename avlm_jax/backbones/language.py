@@ -21,7 +21,6 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from avlm_jax.llm.decoder import Decoder, DecoderConfig, causal_mask
-from avlm_jax.lora import LoraConfig
 from avlm_jax.models.api import MediaTokens, splice
 from input_pipeline.synthetic.described import DescribedScene, corpus, describe
 from input_pipeline.synthetic.scene import MOMENTS
@@ -60,22 +59,6 @@ class LanguageRecipe:
     noise_steps: int = 800  # ... reached after so many steps.
     # From which step on a scene has up to so many events; half of the scenes have them all, the others fewer.
     curriculum: tuple[tuple[int, int], ...] = ((0, 4), (200, 6))
-
-
-DEMO_DECODER = DecoderConfig(
-    vocab_size=VOCAB_SIZE,
-    width=128,
-    depth=4,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_dim=384,
-    # Few of 16 frequencies would tell neighbours apart at Qwen2's 1e6; its contexts are a hundred times as long.
-    rope_theta=1e3,
-    tie_embeddings=True,
-    dtype="float32",
-    remat=False,
-    lora=LoraConfig(rank=0),
-)
 
 
 def train_tokenizer(seed: int = 0, vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

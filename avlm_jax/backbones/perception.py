@@ -34,7 +34,7 @@ RENDER_SIZE = 96  # Pixels of the generated videos, see synthetic/generate.py.
 
 @dataclasses.dataclass(frozen=True)
 class PerceptionRecipe:
-    """How an encoder is trained; the defaults are what made the shipped ones."""
+    """How an encoder is trained; what made the shipped ones is `make.Recipes`."""
 
     seed: int = 0
     steps: int = 1500

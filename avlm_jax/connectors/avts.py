@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from avlm_jax.config import ConfigError
 from avlm_jax.connectors.positions import grid_code, seconds_code
 from avlm_jax.layers.attention import MASKED, attention
 from avlm_jax.layers.mlp import Mlp
@@ -266,7 +267,10 @@ class Resampler(nn.Module):
             return x.astype(c.dtype), learnt_pos, jnp.ones((b, c.num_queries, total), bool)
         slots = c.num_queries // self.groups
         if slots * self.groups != c.num_queries:
-            raise ValueError(f"avts.num_queries {c.num_queries} does not divide by the {self.groups} frames")
+            raise ConfigError(
+                f"model.avts.num_queries {c.num_queries} must be a multiple of media.num_frames {self.groups} "
+                "with model.avts.scope per_frame"
+            )
         # A group's queries differ by slot, the groups by one vector each: what a slot learns on one frame serves all.
         slot = self.param("slots", nn.initializers.normal(1.0), (slots, self.width))
         group = self.param("groups", nn.initializers.normal(1.0), (self.groups, self.width))

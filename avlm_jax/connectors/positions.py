@@ -24,7 +24,7 @@ def sinusoid(values: Float[Array, "*b"], periods: np.ndarray) -> Float[Array, "*
 
 
 def seconds_code(seconds: Float[Array, "*b"], width: int) -> Float[Array, "*b width"]:
-    """The code of an absolute time in seconds that keys, values of any modality and queries share."""
+    """The code of an absolute time in seconds that keys of any modality and queries share; values carry none."""
     return sinusoid(seconds, geometric_periods(width // 2))
 
 

@@ -1,6 +1,6 @@
 """SAVEnVideo: SigLIP and BEATs, Temporal Linear Projection, AVTS resampler, Qwen2 with LoRA (SAVEn-Vid paper, section 4).
 
-Composition only. Parameter paths: vision/..., audio/..., connector/{visual_mlp,audio_mlp,tlp,avts}/..., llm/...
+Composition only. Parameter paths: vision/..., audio/..., connector/{visual_mlp,audio_mlp,tlp,resampler}/..., llm/...
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from input_pipeline.synthetic.tasks import (
 from input_pipeline.transforms.intervals import parse_intervals
 
 SOURCE = "synthetic"
-# A stem that shares so many consecutive words with the right option gives it away (systems.md).
+# A stem that shares so many consecutive words with the right option gives it away.
 SHARED_WORDS = 6
 NUM_RANGE_CAPTIONS = 3
 NUM_OPEN_WHOLE, NUM_OPEN_RANGE = 3, 3
@@ -46,7 +46,7 @@ class Clip:
 
 def clips(scene: Scene, fps: int = FPS) -> list[Clip]:
     """One clip per event. Where two events overlap the earlier clip ends one frame before the later one
-    begins: clips do not overlap (systems.md section 2), and from there on the later event is the one in
+    begins: clips do not overlap, and from there on the later event is the one in
     front."""
     frame = 1.0 / frame_rate(scene.duration, fps)
     found = []
@@ -57,7 +57,7 @@ def clips(scene: Scene, fps: int = FPS) -> list[Clip]:
 
 
 def check(question: Question, duration: float) -> dict[str, bool]:
-    """The checks of SAVEn-Vid's construction (systems.md section 2), each True when passed.
+    """The checks of SAVEn-Vid's construction, each True when passed.
 
     Args:
         question: what is asked.
@@ -92,7 +92,7 @@ def _grams(words: list[str]) -> set[tuple[str, ...]]:
 
 
 def annotate(scene: Scene, questions: Sequence[Question], fps: int = FPS) -> dict[str, Any]:
-    """The scene in SAVEn-Vid's form (systems.md section 6).
+    """The scene in SAVEn-Vid's form.
 
     Args:
         scene: the video.

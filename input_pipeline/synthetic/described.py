@@ -1,7 +1,7 @@
 """Scenes described in words, with many questions each: the text on which the demo's language model learns to read.
 
 The stand-in for a released language model must be able to answer questions about a scene that it is told, before it ever
-meets a picture or a sound. `DescribedScenes` draws such texts; its level grows from one event to the full six.
+meets a picture or a sound. `describe` draws such texts; the caller raises `level` to the full six events.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def drills(rng: np.random.Generator, scene: Scene) -> list[tuple[str, str]]:
 def describe(
     rng: np.random.Generator, level: int, max_questions: int = 6, drill_share: float = 0.0
 ) -> DescribedScene:
-    """Draws a scene with at most `level` of its six events, described for the whole video or for one time range.
+    """Draws a scene with `level` of its six events, described for the whole video or for one time range.
 
     Args:
         rng: source of everything.

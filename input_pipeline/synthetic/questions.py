@@ -176,7 +176,7 @@ def _when(rng: np.random.Generator, scene: Scene) -> Question:
 
 
 def make_questions(scene: Scene, seed: int = 0) -> list[Question]:
-    """The scene's questions, in order of type; a type that its timeline cannot ask without a leak is drawn again.
+    """The scene's questions, in order of type; a type that its timeline cannot ask without a leak is left out.
 
     Args:
         scene: the scene asked about.

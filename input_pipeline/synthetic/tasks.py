@@ -50,7 +50,7 @@ def audio_in_order(scene: Scene) -> tuple[str, str]:
 
 
 def pairings(scene: Scene) -> list[tuple[str, str]]:
-    """Stage 1b, what is heard with what is seen: figures with their sound, and sounds with their figure.
+    """Stage 2a, what is heard with what is seen: figures with their sound, and sounds with their figure.
 
     A figure (sound) that comes twice is left out: its partner would depend on the time.
     """

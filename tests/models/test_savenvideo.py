@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.config import ConfigError, apply_overrides, load_config
-from avlm_jax.models.api import System, build_system, init_params
+from avlm_jax.models.api import MediaTokens, System, build_system, init_params, splice
 from avlm_jax.optim import OptimConfig, make_optimizer
 from avlm_jax.state import TrainState, Tree, flatten, merge, split
 from avlm_jax.train import make_step
@@ -32,10 +32,10 @@ SYSTEMS = {
 }
 STAGES = ("1a", "1b", "2a", "2b")
 CHUNK = 64
-VALID = (
-    3000  # samples of the short window: 17 of its 32 filterbank frames, so its second patch is partly valid
-)
-READ = 400 + 160 * 16  # of which the filterbank reads so many: 17 whole frames
+# Samples of the short window, and how many of them make whole filterbank frames: 17 of the window's 32, so that
+# its second patch of 16 frames is partly valid.
+VALID = 3000
+READ = 400 + 160 * 16
 
 
 # The released system, without computing anything
@@ -308,6 +308,18 @@ def hide(batch: Batch, modality: str) -> Batch:
     return batch | {key: np.zeros_like(batch[key])}
 
 
+def test_splicing_makes_padding_of_masked_media() -> None:
+    placeholder, text = 9, jnp.arange(10.0).reshape(2, 5, 1)
+    tokens = jnp.asarray([[1, 9, 9, 9, 2], [1, 2, 3, 0, 0]])  # Row 1 has no place for its media.
+    segment_ids = jnp.asarray([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    media = MediaTokens(
+        jnp.asarray([[[100.0], [jnp.nan], [102.0]]] * 2), jnp.asarray([[True, False, True]] * 2)
+    )
+    embeddings, segment_ids = splice(text, tokens, segment_ids, media, placeholder)
+    np.testing.assert_array_equal(embeddings[..., 0], [[0, 100, 0, 102, 4], [5, 6, 7, 8, 9]])
+    np.testing.assert_array_equal(segment_ids, [[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]])
+
+
 # Loss sum, targets, hits of `random_params` (numpy, seed 0) on `make_batch`, computed once in fp32 on a CPU with
 # JAX 0.10.2 and read off this test. A parameter that is added, renamed or reshaped changes the draws and with
 # them all three.
@@ -377,6 +389,20 @@ def test_no_gradient_reaches_what_is_masked(
     garbled = gradients_of(garble(batch))  # NaN in the sound costs the sound's own gradient, no parameter's.
     for path, value in shown.trained.items():
         np.testing.assert_array_equal(garbled.trained[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_a_row_without_a_modality_does_not_care_what_others_hold(
+    modality: str, outputs_of: Callable[[Batch], Batch], batches: dict[str, Batch]
+) -> None:
+    """An encoder may be skipped where the whole batch lacks its modality; nothing may tell."""
+    batch = batches["per_frame"]
+    nowhere = hide(batch, modality)
+    elsewhere = {key: np.stack([nowhere[key][0], batch[key][1]]) for key in batch}
+    alone, mixed = outputs_of(nowhere), outputs_of(elsewhere)
+    for key in alone:
+        np.testing.assert_array_equal(mixed[key][0], alone[key][0], err_msg=key)
+    assert np.any(mixed["logits"][1] != alone["logits"][1])
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

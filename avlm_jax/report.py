@@ -84,19 +84,24 @@ def resampler_attention(
     system = assembly.system
 
     @jax.jit
-    def attend(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> dict[str, Any]:
-        return system.apply({"params": params}, batch, method="media_tokens", mutable=["intermediates"])[1]
+    def attend(params: Mapping[str, Any], batch: Mapping[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
+        tokens, state = system.apply(
+            {"params": params}, batch, method="media_tokens", mutable=["intermediates"]
+        )
+        return tokens.mask, state
 
     one = {key: value[row : row + 1] for key, value in batch.items()}
-    sown = attend(params, one).get("intermediates", {}).get("connector", {}).get("resampler", {})
+    mask, state = attend(params, one)
+    sown = state.get("intermediates", {}).get("connector", {}).get("resampler", {})
     layers = [np.asarray(layer["cross"]["weights"][0][0], np.float32) for layer in sown.values()]
     if not layers:
         raise UserError(
             "this system's connector does not attend (model.avts.resampler is 'mlp'): no attention to show"
         )
     weights = np.mean(layers, axis=0)
-    # A query that may read nothing has the same weight everywhere, and uses none of it.
-    weights = np.where(np.ptp(weights, axis=1, keepdims=True) > 0, weights, 0.0)
+    # A query that may read nothing has the same weight everywhere, and uses none of it; what a masked one reads is lost.
+    used = (np.ptp(weights, axis=1, keepdims=True) > 0) & np.asarray(mask[0])[:, None]
+    weights = np.where(used, weights, 0.0)
     spec = system.spec
     patches = pooled_grid(system.vision_config.grid, system.avts_config.visual_pool) ** 2
     mel_rows = system.audio_config.mel_rows
@@ -266,7 +271,8 @@ def draw_timeline(
     def grouped(weights: np.ndarray) -> np.ndarray:
         return weights.reshape(groups, -1, weights.shape[1]).mean(axis=1)
 
-    shares = [float(part.sum(axis=1).mean()) for part in attention]
+    live = max(1, int((sum(part.sum(axis=1) for part in attention) > 0).sum()))
+    shares = [float(part.sum()) / live for part in attention]
     frames = int(row["frame_mask"].sum())
     edges, values = _frame_cells(
         row["frame_times"][:frames], grouped(attention.over_frames)[:, :frames], duration

@@ -75,18 +75,30 @@ def arrays(assembly: Assembly, **kept: int) -> dict[str, np.ndarray]:
 
 def test_attention(assembly: Assembly, params: dict) -> None:
     row = arrays(assembly, frames=3)
+    attention = resampler_attention(assembly, params, {key: value[None] for key, value in row.items()})
+    # "At 1 s": the groups whose share of the two seconds the asked time does not touch are masked and show nothing.
+    used = sum(part.sum(axis=1) for part in attention)
+    np.testing.assert_allclose(used, [0, 0, 0, 0, 1, 1, 0, 0], atol=1e-5)
+
+    row["intervals"][0] = (0.0, 2.0)
     seen, heard, time = resampler_attention(
         assembly, params, {key: value[None] for key, value in row.items()}
     )
     queries, frames = 8, assembly.system.spec.num_frames
     assert seen.shape == (queries, frames) and heard.shape == (queries, 3 * 2) and time.shape == (queries, 6)
-    np.testing.assert_allclose(seen.sum(1) + heard.sum(1) + time.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(
+        seen.sum(1) + heard.sum(1) + time.sum(1), used_everywhere(seen, heard), atol=1e-5
+    )
     assert (seen[:, 3] == 0).all()  # A masked frame gets nothing,
     assert (time[:, 2:] == 0).all()  # nor do the slots of intervals that are not there.
-    # Group i of the queries reads the frames of its share of the duration: frames lie at 1/3, 1 and 5/3 of 2
-    # s.
+    # Group i of the queries reads the frames of its share of the duration: frames lie at 1/3, 1 and 5/3 of 2 s.
     assert (seen[:2, 0] > 0).all() and (seen[:2, 1:] == 0).all()
     assert (seen[4:6, 1] > 0).all() and (seen[4:6, 0] == 0).all()
+
+
+def used_everywhere(seen: np.ndarray, heard: np.ndarray) -> np.ndarray:
+    """1 for queries with a frame or a sound to read, 0 for the masked others."""
+    return ((seen.sum(axis=1) + heard.sum(axis=1)) > 0).astype(np.float32)
 
 
 def test_attention_over_pooled_tokens(place: Path) -> None:

@@ -28,6 +28,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from avlm_jax.state import TrainState, Tree, flatten, unflatten
+from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -42,7 +43,7 @@ THREADED_ELEMENTS = 2**22  # Below, starting threads costs more than it saves.
 HASH_THREADS = 8  # hashlib frees the interpreter lock: 2 GB of LoRA state (7B) hash in half a second.
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint is damaged, does not fit the run that asks for it, or could not be written."""
 
 

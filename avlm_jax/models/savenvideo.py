@@ -129,11 +129,14 @@ class SaveNVideo(System):
         """BEATs' features of all windows; a token's time is the middle of its 160 ms."""
         audio, spans = batch["audio"], batch["audio_spans"]
         b, w, _ = audio.shape
-        # Samples that are sound, not padding, as the filterbank counts them: whole frames. Half a hop of tolerance, because
-        # fp32 seconds are off by up to a few samples late in a long video.
-        samples = (spans[..., 1] - spans[..., 0]) * SAMPLE_RATE + FBANK_FRAME_SHIFT / 2
-        frames = jnp.floor((samples - FBANK_FRAME_LENGTH) / FBANK_FRAME_SHIFT) + 1
-        frames = jnp.where(batch["audio_mask"], frames, 0.0).reshape(b * w)
+        # Samples that are sound, not padding; of these whole frames, as the filterbank counts. The tolerance is what fp32
+        # seconds can be off by two hours into a film.
+        samples = jnp.where(
+            batch["audio_mask"], jnp.round((spans[..., 1] - spans[..., 0]) * SAMPLE_RATE), 0.0
+        )
+        audio = jnp.where(jnp.arange(audio.shape[-1])[None, None] < samples[..., None], audio, 0.0)
+        frames = jnp.floor((samples + 8 - FBANK_FRAME_LENGTH) / FBANK_FRAME_SHIFT) + 1
+        frames = frames.reshape(b * w)
 
         def encode(model: SaveNVideo, audio: Array, frames: Array) -> tuple[Array, Array]:
             fbank = beats_normalize(kaldi_fbank(audio))

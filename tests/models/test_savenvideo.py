@@ -34,7 +34,7 @@ STAGES = ("1a", "1b", "2a", "2b")
 CHUNK = 64
 # Samples of the short window, and how many of them make whole filterbank frames: 17 of the window's 32, so that
 # its second patch of 16 frames is partly valid.
-VALID = 3000
+VALID = 3040  # Ends in the upper half of a hop: one frame too many would read padding.
 READ = 400 + 160 * 16
 
 

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float
 # Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
 ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
+# PEFT draws A by torch's kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(fan in) (tuners/lora/layer.py).
+A_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
@@ -55,7 +58,7 @@ class LoraDense(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.lora is not None and self.lora.rank > 0:
-            a = self.param("lora_a", nn.initializers.he_uniform(), (width, self.lora.rank))
+            a = self.param("lora_a", A_INIT, (width, self.lora.rank))
             b = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
             z = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
             y = y + (z @ a.astype(self.dtype)) @ b.astype(self.dtype) * (self.lora.alpha / self.lora.rank)

@@ -59,7 +59,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
     # Peers of the parity tests, and what an exported model runs on.
-    "torch": ["torch==2.13.0", "kaldi-native-fbank>=1.22,<2", "peft>=0.18", "speechbrain>=1.0.3,<2"],
+    "torch": ["torch==2.13.0", "kaldi-native-fbank>=1.22,<1.23", "peft>=0.18", "speechbrain>=1.0.3,<2"],
     "beam": ["apache-beam>=2.77,<3"],
     "wandb": ["wandb>=0.22,<1"],
     "dev": [

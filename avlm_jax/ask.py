@@ -75,7 +75,8 @@ def prepare_question(assembly: Assembly, path: str | Path, question: str) -> Que
     spec = assembly.system.spec
     media = load_media(path, spec)
     arrays = pad_media(media.frames, media.frame_times, media.windows, media.duration, spec, name=str(path))
-    sample = {"id": Path(path).name, "conversations": [{"from": "human", "value": question}]}
+    turn = {"from": "human", "value": question, "verbatim": True}
+    sample = {"id": Path(path).name, "conversations": [turn]}
     row = assembly.builder(prompt=True).build(arrays, sample)
     stem = interval_source(question)
     times = parse_intervals(stem, media.duration, spec.max_intervals, sample["id"])

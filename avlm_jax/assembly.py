@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
+from avlm_jax.lora import MERGED, merge_stacked, retired_updates
 from avlm_jax.models.api import System, build_system, init_params
+from avlm_jax.sharding import make_mesh, param_shardings, replicated
 from avlm_jax.state import Tree, flatten, unflatten
-from avlm_jax.weights.beats import load_beats
-from avlm_jax.weights.qwen2 import load_qwen2
-from avlm_jax.weights.siglip import load_siglip
-from avlm_jax.weights.table import LoadReport
+from avlm_jax.weights.beats import open_beats
+from avlm_jax.weights.placement import place
+from avlm_jax.weights.qwen2 import has_qkv_bias, head_dim, open_qwen2
+from avlm_jax.weights.siglip import open_siglip
+from avlm_jax.weights.stored import LoadReport, StoredLeaf
+from avlm_jax.weights.table import ImportPlan
 from input_pipeline.conversation import find_media_token_id, load_tokenizer, make_template
+from input_pipeline.errors import UserError
 from input_pipeline.transforms.sample import SampleBuilder
 
 if TYPE_CHECKING:
@@ -80,11 +85,22 @@ class Assembly:
         shapes = self.system.spec.batch_shapes(1, length)
         return {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
 
-    def parameters(self, learnt: Mapping[str, Any] | None = None) -> tuple[Tree, dict[str, LoadReport]]:
-        """All parameters: the backbones' from files, then `learnt` over them, the rest drawn from config.seed.
+    def parameters(
+        self,
+        learnt: Mapping[str, Any] | None = None,
+        *,
+        mesh: Mesh | None = None,
+        fp32: Collection[str] = (),
+    ) -> tuple[Tree, dict[str, LoadReport]]:
+        """All parameters on their devices: the backbones' from files, `learnt` over them, the rest drawn from config.seed.
+
+        Files are read slice by slice into the devices' memory, see `weights.placement`. Adapters that a lineage has
+        retired (`lora.retire`) are added to their kernels.
 
         Args:
             learnt: tree of a stage checkpoint, or None.
+            mesh: of the devices; None makes config.mesh.
+            fp32: paths that stay in single precision (what is trained); all others get config.frozen_dtype.
 
         Returns:
             (parameters, load report by backbone).
@@ -93,25 +109,63 @@ class Assembly:
             ConfigError: a backbone's sizes are not the configuration's.
             ValueError: `learnt` holds a parameter that the system lacks, or of another shape.
         """
-        expected = flatten(self.abstract_params())
+        mesh = make_mesh(**self.config.mesh) if mesh is None else mesh
+        abstract = self.abstract_params()
+        expected, shardings = flatten(abstract), flatten(param_shardings(abstract, mesh))
         known, reports = load_backbones(self.config)
-        for path, value in flatten(learnt or {}).items():
+        flat = flatten(learnt or {})
+        updates = retired_updates(flat)
+        for path, value in flat.items():
+            if path.startswith(f"{MERGED}/"):
+                continue
             if path not in expected or expected[path].shape != value.shape:
                 wanted = f"shape {list(expected[path].shape)}" if path in expected else "no such parameter"
                 raise ValueError(
                     f"checkpoint holds {path} {list(value.shape)}; this configuration wants {wanted}"
                 )
             known[path] = value
-        missing = tuple(path for path in expected if path not in known)
+        self._check_updates(updates, expected)
+        missing = {path: shardings[path] for path in expected if path not in known}
 
-        @functools.partial(jax.jit, static_argnums=0)
-        def draw(paths: tuple[str, ...]) -> dict[str, jax.Array]:
+        def dtype_of(path: str) -> str:
+            floating = jnp.issubdtype(expected[path].dtype, jnp.floating)
+            return "float32" if path in fp32 or not floating else self.config.frozen_dtype
+
+        @functools.partial(jax.jit, out_shardings=missing)
+        def draw() -> dict[str, jax.Array]:
             # Only what is asked for leaves the program, so XLA never draws the backbones.
             drawn = flatten(init_params(self.system, self._zeros(), self.config.seed))
-            return {path: drawn[path] for path in paths}
+            return {path: drawn[path].astype(dtype_of(path)) for path in missing}
 
-        fresh = draw(missing) if missing else {}
-        return unflatten({path: known.get(path, fresh.get(path)) for path in expected}), reports
+        fresh = draw() if missing else {}
+        placed: dict[str, jax.Array] = {}
+        for path in expected:
+            if path in fresh:
+                placed[path] = fresh[path]
+            elif path in updates:  # In the stored precision until the adapters are in.
+                scale = self.config.model.llm.lora.alpha / self.config.model.llm.lora.rank
+                pairs = [
+                    tuple(place(half, replicated(mesh), "float32") for half in pair) for pair in updates[path]
+                ]
+                kernel = place(known[path], shardings[path])
+                placed[path] = merge_stacked(kernel, tuple(pairs), scale=scale, dtype=dtype_of(path))
+            else:
+                placed[path] = place(known[path], shardings[path], dtype_of(path))
+        return unflatten(placed), reports
+
+    def _check_updates(self, updates: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+        if updates and not self.config.model.llm.lora.rank:
+            raise ValueError(
+                "checkpoint holds merged adapters; model.llm.lora.rank 0 does not say how to scale them"
+            )
+        for path, pairs in updates.items():
+            shape = tuple(expected[path].shape) if path in expected else None
+            for a, b in pairs:
+                found = (*a.shape[:-1], b.shape[-1])
+                if found != shape:
+                    raise ValueError(
+                        f"checkpoint holds an adapter {list(found)} for {path}, which is {shape}"
+                    )
 
 
 def assemble(config: ConfigDict) -> Assembly:
@@ -125,40 +179,75 @@ def assemble(config: ConfigDict) -> Assembly:
     return Assembly(config, tokenizer, build_system(config, media_token_id))
 
 
-def load_backbones(config: ConfigDict) -> tuple[dict[str, np.ndarray], dict[str, LoadReport]]:
-    """Flat parameters of vision, audio and llm from the folders of config.init; an empty folder name means none.
+def load_backbones(config: ConfigDict) -> tuple[dict[str, StoredLeaf], dict[str, LoadReport]]:
+    """Flat parameters of vision, audio and llm in the folders of config.init, checked and unread; "" means none.
 
     Raises:
         ConfigError: a folder is missing, or its sizes differ from config.model's.
+        WeightError, SafetensorsError: see `weights.table.open_params`.
     """
-    known: dict[str, np.ndarray] = {}
+    known: dict[str, StoredLeaf] = {}
     reports: dict[str, LoadReport] = {}
     for part in ("vision", "audio", "llm"):
         folder = config.init[part]
         if not folder:
             continue
         if not Path(folder).is_dir():
-            raise ConfigError(f"config.init.{part} names the folder {folder!r}, which does not exist")
-        section = config.model[part]
-        if part == "vision":
-            found, tree, reports[part] = load_siglip(folder, feature_layer=section.feature_layer)
-            _agree(part, folder, section, dataclasses.asdict(found), ("dtype", "backend", "feature_layer"))
-        elif part == "audio":
-            found, tree, reports[part] = load_beats(folder)
-            _agree(part, folder, section, dataclasses.asdict(found), ("dtype", "backend", "mask"))
-        else:
-            hf, tree, reports[part] = load_qwen2(folder)
-            _agree(part, folder, section, {ours: hf[theirs] for ours, theirs in _LLM_KEYS.items()}, ())
-        known |= flatten({part: tree})
+            raise ConfigError(
+                f"config.init.{part} names the folder {folder!r}, which does not exist; `avlm import-weights` makes it"
+            )
+        sizes, plan = open_backbone(part, folder, config.model[part].get("feature_layer"))
+        check_sizes(config, part, folder, sizes)
+        reports[part] = plan.report()
+        known |= {f"{part}/{path}": leaf for path, leaf in plan.leaves.items()}
     return known, reports
 
 
-def _agree(
-    part: str, folder: str, section: ConfigDict, found: Mapping[str, Any], free: tuple[str, ...]
-) -> None:
-    for key, value in found.items():
-        if key in section and key not in free and section[key] != value:
-            raise ConfigError(
-                f"config.model.{part}.{key} is {section[key]!r} but the checkpoint in {folder} has {value!r}; "
-                f"set --config.model.{part}.{key}={value}"
-            )
+def open_backbone(
+    part: str, folder: str | Path, feature_layer: int | None = None
+) -> tuple[dict[str, Any], ImportPlan]:
+    """(sizes as config.model.<part> names them, parameters unread) of one backbone's folder.
+
+    Raises:
+        ConfigError: config.json is missing or asks for something this backbone cannot do.
+        WeightError, SafetensorsError: see `weights.table.open_params`.
+    """
+    try:
+        if part == "vision":
+            found, plan = open_siglip(folder, feature_layer=feature_layer)
+            return _without(dataclasses.asdict(found), "dtype", "backend", "feature_layer"), plan
+        if part == "audio":
+            found, plan = open_beats(folder)
+            return _without(dataclasses.asdict(found), "dtype", "backend", "mask"), plan
+        hf, plan = open_qwen2(folder)
+    except UserError:
+        raise
+    except ValueError as error:  # From config.json.
+        raise ConfigError(str(error)) from error
+    return {ours: hf[theirs] for ours, theirs in _LLM_KEYS.items()} | {
+        "head_dim": head_dim(hf),
+        "qkv_bias": has_qkv_bias(hf),
+    }, plan
+
+
+def _without(sizes: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in sizes.items() if name not in names}
+
+
+def check_sizes(config: ConfigDict, part: str, folder: str | Path, sizes: Mapping[str, Any]) -> None:
+    """Raises ConfigError with every size of config.model.<part> that a checkpoint contradicts, and how to set it."""
+    section = config.model[part]
+    found = dict(sizes)
+    if (
+        part == "llm"
+        and section.get("head_dim") is None
+        and found["head_dim"] * section.num_heads == section.width
+    ):
+        del found["head_dim"]  # Null means width / num_heads.
+    wrong = [key for key, value in found.items() if key in section and section[key] != value]
+    if wrong:
+        told = "; ".join(f"{key} is {section[key]!r}, the checkpoint's {found[key]!r}" for key in wrong)
+        remedy = " ".join(f"--config.model.{part}.{key}={found[key]}" for key in wrong)
+        raise ConfigError(
+            f"config.model.{part} does not fit the checkpoint in {folder}: {told}. Set {remedy}"
+        )

@@ -24,7 +24,7 @@ from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
 from avlm_jax.sharding import make_mesh, put_batch, replicated, shard_params
-from avlm_jax.state import Tree, cast_frozen, flatten, unflatten
+from avlm_jax.state import Tree, flatten
 from input_pipeline.errors import UserError
 
 # Qwen2 ends a turn with the first and a text with the second (Qwen2-7B-Instruct, generation_config.json:
@@ -272,18 +272,10 @@ def load_model(
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"{error}; copy the checkpoint again") from error
     try:
-        params, _ = assembly.parameters(learnt)
+        # In the types they had in training: what was learnt in fp32, the rest in frozen_dtype.
+        params, _ = assembly.parameters(learnt, fp32=flatten(learnt))
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{folder} does not fit the configuration: {error}") from error
-    return Model(assembly, as_trained(params, learnt, resolved.frozen_dtype), metadata)
-
-
-def as_trained(params: Mapping[str, Any], learnt: Mapping[str, Any], frozen_dtype: str) -> Tree:
-    """Parameters in the types they had in training: what was learnt in fp32, the rest in `frozen_dtype`."""
-    trained = flatten(learnt)
-    flat = flatten(params)
-    frozen = {path: leaf for path, leaf in flat.items() if path not in trained}
-    cast = flatten(cast_frozen(unflatten(frozen), frozen_dtype))
-    return unflatten({path: cast.get(path, leaf) for path, leaf in flat.items()})
+    return Model(assembly, params, metadata)

@@ -1,11 +1,20 @@
-"""Low-rank adaptation: a Dense layer whose frozen kernel carries a trainable low-rank update."""
+"""Low-rank adaptation: a Dense layer whose frozen kernel carries a trainable low-rank update.
+
+As trees: an adapter is the leaves `.../lora_a` and `.../lora_b` beside a kernel. `merge_lora` adds it to the kernel;
+`retire` keeps it as one that later stages merge before they attach a fresh one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 # Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
@@ -63,3 +72,88 @@ class LoraDense(nn.Module):
             z = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
             y = y + (z @ a.astype(self.dtype)) @ b.astype(self.dtype) * (self.lora.alpha / self.lora.rank)
         return y
+
+
+MERGED = "merged"  # merged/<n>/llm/...: the n-th adapter of a lineage, which belongs to the base by now.
+Updates = Sequence[tuple[Float[Array, "*layers in r"], Float[Array, "*layers r out"]]]
+
+
+def merge_kernel(
+    kernel: Float[Array, "*layers in out"], updates: Updates, scale: float
+) -> Float[Array, "*layers in out"]:
+    """kernel + scale * sum of A B, summed in fp32 and rounded once, to the kernel's dtype. Numpy or JAX arrays."""
+    total = kernel.astype(jnp.float32)
+    for a, b in updates:
+        total = total + (a.astype(jnp.float32) @ b.astype(jnp.float32)) * scale
+    return total.astype(kernel.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"), donate_argnums=0)
+def merge_stacked(kernel: jax.Array, updates: Updates, scale: float, dtype: str) -> jax.Array:
+    """`merge_kernel` on sharded arrays with a layer axis, one layer at a time, then converted to `dtype`."""
+
+    def one(layer: tuple[jax.Array, Updates]) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # A TPU would otherwise multiply in bf16.
+            return merge_kernel(*layer, scale).astype(dtype)
+
+    return jax.lax.map(one, (kernel, tuple(updates)))
+
+
+def merge_lora(params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
+    """A nested tree of parameters with every adapter added to its kernel, and no lora_a and lora_b left.
+
+    Raises:
+        ValueError: an adapter without its other half or without a kernel.
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
+    for path in filter(is_lora, flat):
+        layer = path.rpartition("/")[0]
+        parts = [f"{layer}/{name}" for name in ("kernel", "lora_a", "lora_b")]
+        if missing := [part for part in parts if part not in flat]:
+            raise ValueError(f"{path} has no {', '.join(missing)} beside it")
+        kernel, a, b = (flat[part] for part in parts)
+        merged[parts[0]] = merge_kernel(kernel, [(a, b)], config.alpha / config.rank)
+    return unflatten_dict(merged, sep="/")
+
+
+def is_lora(path: str) -> bool:
+    """Whether a parameter path is half of an adapter."""
+    return path.rpartition("/")[2] in ("lora_a", "lora_b")
+
+
+def retire(learnt: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage has learnt, for a stage that begins with a fresh adapter: adapters move to merged/<n>/.
+
+    The base stays as released and the file stays small: whoever loads the checkpoint adds merged/0, merged/1, ...
+    to the base (`retired_updates`), to the bit what training did.
+    """
+    flat = flatten_dict(dict(learnt), sep="/")
+    number = 1 + max((int(path.split("/")[1]) for path in flat if path.startswith(f"{MERGED}/")), default=-1)
+    moved = {
+        f"{MERGED}/{number}/{path}" if is_lora(path) and not path.startswith(f"{MERGED}/") else path: leaf
+        for path, leaf in flat.items()
+    }
+    return unflatten_dict(moved, sep="/")
+
+
+def retired_updates(flat: Mapping[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
+    """Kernel path -> (A, B) of every retired adapter in a flat tree, oldest first.
+
+    Raises:
+        ValueError: half of an adapter is missing.
+    """
+    updates: dict[str, dict[int, dict[str, Any]]] = {}
+    for path, leaf in flat.items():
+        if path.startswith(f"{MERGED}/"):
+            _, number, rest = path.split("/", 2)
+            layer, _, name = rest.rpartition("/")
+            updates.setdefault(f"{layer}/kernel", {}).setdefault(int(number), {})[name] = leaf
+    for kernel, numbered in updates.items():
+        for number, halves in numbered.items():
+            if halves.keys() != {"lora_a", "lora_b"}:
+                raise ValueError(f"{MERGED}/{number}: {kernel} has {sorted(halves)}, not lora_a and lora_b")
+    return {
+        kernel: [(numbered[n]["lora_a"], numbered[n]["lora_b"]) for n in sorted(numbered)]
+        for kernel, numbered in updates.items()
+    }

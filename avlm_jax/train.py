@@ -38,13 +38,13 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
+from avlm_jax.lora import retire
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
-from avlm_jax.sharding import make_mesh, param_shardings, put_batch, shard_params, state_shardings
+from avlm_jax.sharding import make_mesh, param_shardings, put_batch, state_shardings
 from avlm_jax.state import (
     TrainState,
     Tree,
-    cast_frozen,
     describe,
     flatten,
     format_sizes,
@@ -78,6 +78,8 @@ class StageConfig:
         steps: optimizer steps, or 0.
         max_length: text positions, media included; 0 takes text.max_length. Captions need fewer than questions.
         parent: the stage whose result it begins from; empty for the first.
+        fresh_lora: merge the adapter of earlier stages into the base and begin with a fresh one (LongVALE-LLM's
+            second stage), instead of training it on.
         optim: learning rate and the rest of AdamW.
     """
 
@@ -88,6 +90,7 @@ class StageConfig:
     steps: int = 0
     max_length: int = 0
     parent: str = ""
+    fresh_lora: bool = False
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
 
@@ -119,8 +122,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     parent_hash, learnt = load_parent(stage, workdir)
+    if stage.fresh_lora and learnt is not None:
+        learnt = retire(learnt)
+    mesh = make_mesh(**config.mesh)
     try:
-        params, _ = assembly.parameters(learnt)
+        trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
+        params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained)
         trainable, frozen = split(params, stage.trainable)
     except UserError:
         raise
@@ -128,11 +135,11 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         raise ConfigError(f"stage {name}: {error}") from error
     del params
     print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
+    for part, report in reports.items():
+        print(f"{part}: {report}", flush=True)
 
-    mesh = make_mesh(**config.mesh)
     optimizer = make_optimizer(stage.optim)
-    frozen = shard_params(cast_frozen(frozen, config.frozen_dtype), mesh)
-    state = TrainState.create(cast_frozen(trainable, "float32"), optimizer, config.seed)
+    state = TrainState.create(trainable, optimizer, config.seed)
     state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
     step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
 
@@ -146,7 +153,8 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         **config.loader,
     )
     total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
-    metadata = {"stage": name, "parent": parent_hash, "versions": versions()}
+    weights = {part: report.sha256 for part, report in reports.items()}
+    metadata = {"stage": name, "parent": parent_hash, "weights": weights, "versions": versions()}
     made_with = json.loads(config_to_json(config))
     with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
         start = 0
@@ -154,6 +162,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             state, data_state, saved = found
             check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
             check_parent(saved["parent"], parent_hash, stage, workdir / name)
+            check_weights(saved.get("weights"), weights, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
@@ -291,6 +300,16 @@ def check_parent(begun_from: str | None, parent_hash: str | None, stage: StageCo
         raise ConfigError(
             f"{folder} was begun from another result of stage {stage.parent or '(none)'} than the one there is now; "
             f"delete {folder} to train it again"
+        )
+
+
+def check_weights(begun_with: Mapping[str, str] | None, now: Mapping[str, str], folder: Path) -> None:
+    """Raises ConfigError if a run was begun on other backbones (by sha256) than those it would continue on."""
+    changed = sorted(part for part in now if begun_with is not None and begun_with.get(part) != now[part])
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with other weights of {', '.join(changed)} than config.init names now; "
+            f"restore them, or delete {folder} to train it again"
         )
 
 

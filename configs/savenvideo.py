@@ -2,33 +2,42 @@
 
     avlm demo                                                       # size=demo end to end, ten minutes on two CPU cores
     avlm train --config configs/savenvideo.py:size=7b --workdir W   # all stages in order, resumes where it was
-    avlm train --config configs/savenvideo.py:size=7b,stage=1b --workdir W
+    avlm train --config configs/savenvideo.py:size=7b,stage=1b,weights=DIR --workdir W
 
-Sizes: "demo" runs on a laptop; "7b" expects a TPU slice of at least 128 GB HBM (v5e-8, v6e-4) for stage 2. The paper reaches
-56.21 on Video-MME (without subtitles), 83.14 on Music-AVQA and 66.71 on AVBench.
+Sizes: "demo" runs on a laptop; "7b" is the paper's and expects a TPU slice of at least 128 GB HBM (v5e-8, v6e-4) for stage 2;
+"0.5b" and "1.5b" take the smaller Qwen2 in its place. `weights` is the folder that `avlm import-weights --out DIR` made.
+The paper reaches 56.21 on Video-MME (without subtitles), 83.14 on Music-AVQA and 66.71 on AVBench.
 """
 
 from ml_collections import ConfigDict
 
-from avlm_jax.config import parse_arg
+from avlm_jax.config import ConfigError, parse_arg
 
 ALIGN_VISUAL = ("connector/visual_mlp/.*", "connector/tlp/.*", "connector/resampler/.*")
 ALIGN_AUDIO = (*ALIGN_VISUAL, "connector/audio_mlp/.*")
 FINE_TUNE = (*ALIGN_AUDIO, "llm/.*/lora_[ab]")
 
 
-def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, size="demo", stage="")
-    sizes = {"demo": demo, "7b": full}
-    if args.size not in sizes:
-        from avlm_jax.config import ConfigError
+# Qwen/Qwen2-{0.5B,1.5B}-Instruct, config.json. The vocabulary has fewer padding rows than the 7B's.
+SMALLER_QWEN2 = {
+    "0.5b": {"width": 896, "depth": 24, "num_heads": 14, "num_kv_heads": 2, "mlp_dim": 4864},
+    "1.5b": {"width": 1536, "depth": 28, "num_heads": 12, "num_kv_heads": 2, "mlp_dim": 8960},
+}
 
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    args = parse_arg(arg, size="demo", stage="", weights="")
+    sizes = ("demo", *SMALLER_QWEN2, "7b")
+    if args.size not in sizes:
         raise ConfigError(f"unknown size {args.size!r}; known: {', '.join(sizes)}")
-    config = sizes[args.size]()
+    config = demo() if args.size == "demo" else full()
+    if args.size in SMALLER_QWEN2:
+        config.model.llm.update({**SMALLER_QWEN2[args.size], "vocab_size": 151_936, "tie_embeddings": True})
+    if args.weights:
+        config.init.update({part: f"{args.weights}/{part}" for part in ("vision", "audio", "llm")})
+        config.text.tokenizer = f"{args.weights}/llm"
     if args.stage:
         if args.stage not in config.stages:
-            from avlm_jax.config import ConfigError
-
             raise ConfigError(f"unknown stage {args.stage!r}; known: {', '.join(config.stages)}")
         config.stages = (args.stage,)
     return config.lock()
@@ -53,6 +62,7 @@ def stage(
             "steps": 0,
             "max_length": 0,
             "parent": "",
+            "fresh_lora": False,
             "optim": {
                 "lr": lr,
                 "warmup_ratio": 0.03,
@@ -131,9 +141,9 @@ def full() -> ConfigDict:
                     "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
                 },
             },
-            # Folders in Hugging Face form; see README, "The 7B model".
-            "init": {"vision": "weights/siglip", "audio": "weights/beats", "llm": "weights/qwen2"},
-            "text": {"tokenizer": "weights/qwen2", "max_length": 2048, "template": "chatml", "system": None},
+            # What `avlm import-weights --out weights` makes; see README, "Released weights".
+            "init": {"vision": "weights/vision", "audio": "weights/audio", "llm": "weights/llm"},
+            "text": {"tokenizer": "weights/llm", "max_length": 2048, "template": "chatml", "system": None},
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "loss_chunk": 256,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PLACEHOLDERS = ("<video>", "<image>", "<audio>")  # All mean the same: the media tokens go here.
 MEDIA_TOKEN = "<|media|>"  # The reserved token of this project's own tokenizers.
+_LEADING_NEWLINES = re.compile(r"\s*[\r\n]")
 _PLACEHOLDER = re.compile("|".join(map(re.escape, PLACEHOLDERS)))
 _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
@@ -176,8 +177,15 @@ class ChatMLTemplate:
         return [*pieces, *answer[:-2], Control(self.end_of_turn, target=True), Text("\n", target=True)]
 
     @staticmethod
-    def _turn(role: str, content: Iterable[Piece]) -> list[Piece]:
-        return [Control("<|im_start|>"), Text(f"{role}\n"), *content, Control("<|im_end|>"), Text("\n")]
+    def _turn(role: str, content: Sequence[Piece]) -> list[Piece]:
+        head, body = f"{role}\n", list(content)
+        if body and isinstance(body[0], Text) and not body[0].target:
+            # Qwen2's tokenizer joins newlines into one token, the header's with those that the text begins with. An
+            # answer's stay apart: generation begins behind the header.
+            text = body[0].value
+            length = leading.end() if (leading := _LEADING_NEWLINES.match(text)) else 0
+            head, body[0] = head + text[:length], Text(text[length:])
+        return [Control("<|im_start|>"), Text(head), *body, Control("<|im_end|>"), Text("\n")]
 
 
 TEMPLATES: Mapping[str, type[ChatMLTemplate]] = {"chatml": ChatMLTemplate}
@@ -297,7 +305,7 @@ def split_rounds(
     Args:
         turns: [{"from": "human" | "gpt", "value": text}, ...], the two alternating, human first; a first turn
             "system" gives the system text. "user" and "assistant" are accepted too. The last answer may be
-            missing.
+            missing. A turn with {"verbatim": True} is what somebody typed: a placeholder in it is text.
         has_media: whether media tokens belong into the first question; without a placeholder they go in front
             of it.
         sample_id: named in errors.
@@ -336,19 +344,22 @@ def split_rounds(
         answer = values[first + 1] if first + 1 < len(values) else None
         if answer is not None and not answer.strip():
             raise refuse(f"answer {first // 2} is empty")
-        rounds.append(Round(_question(values[first], first == 0, has_media, refuse), answer))
+        typed = bool(turns[first + len(turns) - len(values)].get("verbatim"))
+        rounds.append(Round(_question(values[first], first == 0, has_media, typed, refuse), answer))
     return system, rounds
 
 
-def _question(text: str, is_first: bool, has_media: bool, refuse: Any) -> tuple[Text | Media, ...]:
-    found = list(_PLACEHOLDER.finditer(text))
+def _question(
+    text: str, is_first: bool, has_media: bool, verbatim: bool, refuse: Any
+) -> tuple[Text | Media, ...]:
+    found = [] if verbatim else list(_PLACEHOLDER.finditer(text))
     if len(found) > 1:
         raise refuse(f"{len(found)} media placeholders in one question; keep one")
     if found and not is_first:
         raise refuse(f"the placeholder {found[0].group()} stands in a later question; move it to the first")
     if found and not has_media:
         raise refuse(f"the placeholder {found[0].group()} stands in its text but the sample has no media")
-    if not _PLACEHOLDER.sub("", text).strip():
+    if not (text if verbatim else _PLACEHOLDER.sub("", text)).strip():
         raise refuse("a question is empty")
     if not (is_first and has_media):
         return (Text(text),)

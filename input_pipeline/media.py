@@ -292,7 +292,12 @@ def _upright_square(frame: av.VideoFrame, size: int) -> np.ndarray:
     the square, bicubic with antialiasing, aspect ratio not kept (google/siglip-so400m-patch14-384,
     preprocessor_config.json).
     """
-    rgb = frame.to_ndarray(format="rgb24", interpolation=RGB_CONVERSION, threads=1)
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        # Under transparency lies white, as in transformers' own processor (image_transforms.py, `convert_to_rgb`).
+        rgba = Image.fromarray(frame.to_ndarray(format="rgba", interpolation=RGB_CONVERSION, threads=1))
+        rgb = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
+    else:
+        rgb = frame.to_ndarray(format="rgb24", interpolation=RGB_CONVERSION, threads=1)
     quarters = round(frame.rotation / 90) % 4  # PyAV reports the display matrix but does not apply it
     if quarters:
         rgb = np.ascontiguousarray(np.rot90(rgb, quarters))

@@ -127,6 +127,17 @@ def test_a_global_resampler_takes_any_number_of_frames(
     assert "7 frames + 3 audio windows" in capsys.readouterr().out
 
 
+def test_placeholders_that_a_user_types_are_text(
+    checkpoint: Callable[..., Path], picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["ask", str(picture), "What do <video> and <image> mean?", "--checkpoint", str(checkpoint())]
+    assert cli.main([*command, "--show-plan"]) == 0
+    plain = ["ask", str(picture), "What do [video] and [image] mean?", "--checkpoint", str(checkpoint())]
+    shown = capsys.readouterr().out
+    assert cli.main([*plain, "--show-plan"]) == 0
+    assert capsys.readouterr().out == shown  # A byte a token: neither placeholder has become anything else.
+
+
 def test_too_many_times(
     checkpoint: Callable[..., Path], sound: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,8 @@ GOLDEN = ROOT / "tests" / "golden"
 # File of tests/golden -> configuration it is the resolved form of.
 CONFIGS = {
     "savenvideo_demo.json": "configs/savenvideo.py:size=demo",
+    "savenvideo_0.5b.json": "configs/savenvideo.py:size=0.5b",
+    "savenvideo_1.5b.json": "configs/savenvideo.py:size=1.5b,weights=elsewhere",
     "savenvideo_7b.json": "configs/savenvideo.py:size=7b",
 }
 COMMAND = "python -m tests.test_golden_configs"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,9 +21,10 @@ from avlm_jax import cli, train
 from avlm_jax.assembly import assemble
 from avlm_jax.backbones.make import hf_config
 from avlm_jax.checkpoint import TREE_FILE, load_tree
-from avlm_jax.config import ConfigError
+from avlm_jax.config import ConfigError, config_from_json
+from avlm_jax.lora import is_lora, merge_kernel, retired_updates
 from avlm_jax.state import flatten, unflatten
-from avlm_jax.weights.qwen2 import save_qwen2
+from avlm_jax.weights.qwen2 import open_qwen2, save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
 from input_pipeline.conversation import load_tokenizer
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records
@@ -157,7 +159,11 @@ def test_a_stage_begins_from_its_parents_result(
     class Begun(Exception):
         pass
 
-    def stop(params: Any, patterns: Any) -> None:
+    split = train.split
+
+    def stop(params: Any, patterns: Any) -> Any:
+        if isinstance(next(iter(flatten(params).values())), jax.ShapeDtypeStruct):
+            return split(params, patterns)
         raise Begun(params)
 
     workdir = run.workdir_with_first_stage(tmp_path)
@@ -167,6 +173,41 @@ def test_a_stage_begins_from_its_parents_result(
     begins = flatten(begun.value.args[0])
     for path, value in flatten(load_tree(run.workdir / "1a" / "final")[0]).items():
         np.testing.assert_array_equal(begins[path], value, err_msg=path)
+
+
+def test_a_stage_can_merge_the_adapter_and_begin_with_a_fresh_one(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.workdir / "2b", tmp_path / "2b")
+    source = dict(override.split("=", 1) for override in run.overrides)["stage.2b.sources.0.records"]
+    sources = [f"stage.2a.sources.{n}.{key}" for n in range(3) for key in (f"records={source}", "tasks=()")]
+    settings = ("stages=2a", "stage.2a.parent=2b", "stage.2a.steps=2", "stage.2a.batch_size=2")
+    command = run.command(tmp_path, *settings, "stage.2a.fresh_lora=True", "stage.2a.max_length=0", *sources)
+    assert cli.main(command) == 0
+    before, config, _ = load_tree(tmp_path / "2b" / "final")
+    after, _, _ = load_tree(tmp_path / "2a" / "final")
+    old, new = flatten(before), flatten(after)
+    adapters = {path for path in old if is_lora(path)}
+    assert adapters and {path for path in new if path.startswith("merged/")} == {
+        f"merged/0/{p}" for p in adapters
+    }
+    for path in adapters:
+        np.testing.assert_array_equal(new[f"merged/0/{path}"], old[path])
+        assert np.any(new[path] != old[path])
+    assembly = assemble(config_from_json(json.dumps(config)))
+    base, released = flatten(assembly.parameters(after)[0]), flatten(assembly.parameters()[0])
+    lora = assembly.config.model.llm.lora
+    for path, pairs in retired_updates(new).items():
+        expected = merge_kernel(np.asarray(released[path]), pairs, lora.alpha / lora.rank)
+        np.testing.assert_allclose(base[path], expected, rtol=1e-6, err_msg=path)
+        assert np.any(np.asarray(released[path]) != expected)
+
+
+def test_a_run_does_not_go_on_with_other_backbones(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="other weights of llm"):
+        train.check_weights({"llm": "old", "vision": "v"}, {"llm": "new", "vision": "v"}, tmp_path)
+    train.check_weights(None, {"llm": "new"}, tmp_path)
+    saved = json.loads((run.workdir / "2b" / "final" / "metadata.json").read_text())["weights"]
+    llm = dict(override.split("=", 1) for override in run.overrides)["init.llm"]
+    assert saved == {"llm": open_qwen2(llm)[1].report().sha256}
 
 
 def test_finished_stages_are_left_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

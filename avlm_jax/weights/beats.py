@@ -1,12 +1,19 @@
 """BEATs under the names of its checkpoints (microsoft/unilm: beats/BEATs.py, backbone.py).
 
 The published checkpoint is a pickle {"cfg": ..., "model": ...}; the folder read here holds the same two
-things as config.json (the cfg) and model.safetensors.
+things as config.json (the cfg) and model.safetensors. `convert_checkpoint` makes the one from the other, in a
+process of its own; nothing here ever reads a pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +27,23 @@ from avlm_jax.weights.table import (
     IDENTITY,
     TRANSPOSE,
     Ignored,
+    ImportPlan,
     LoadReport,
     Row,
     Table,
     Transform,
     export_params,
-    import_params,
+    open_params,
     patch_kernel,
     permute,
     reshape,
+)
+from input_pipeline.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "pytorch" / "beats_checkpoint.py"
+SCRIPT_REFUSED, SCRIPT_NO_TORCH = 2, 3  # Its exit codes.
+CONVERSION_SECONDS = (
+    600.0  # The 360 MB of a published file take 10 s; torch alone may need a minute on a slow disk.
 )
 
 # Our field -> (cfg key, value where the cfg leaves it out: BEATsConfig's own default in BEATs.py).
@@ -53,6 +68,10 @@ _REQUIRED: dict[str, tuple[Any, Any]] = {
     "activation_fn": ("gelu", "gelu"),
     "relative_position_embedding": (True, False),
 }
+
+
+class ConversionError(UserError):
+    """A published checkpoint could not be converted. The message names it and says what can be done."""
 
 
 def beats_table(config: BeatsConfig, classifier: bool = False) -> Table:
@@ -112,8 +131,10 @@ def read_config(directory: str | Path) -> tuple[BeatsConfig, int | None]:
         )
     try:
         cfg = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from None
+    if not isinstance(cfg, dict):
+        raise ValueError(f"{file}: holds a {type(cfg).__name__}, not the keys of a BEATs cfg")
     for key, (wanted, default) in _REQUIRED.items():
         if cfg.get(key, default) != wanted:
             raise ValueError(f"{file}: {key} is {cfg.get(key, default)!r}; only {wanted!r} is supported")
@@ -133,10 +154,8 @@ def expected_params(config: BeatsConfig, num_classes: int | None = None) -> dict
     return jax.eval_shape(model.init, jax.random.key(0), fbank, mask)["params"]
 
 
-def load_beats(
-    directory: str | Path, *, classifier: bool = False
-) -> tuple[BeatsConfig, dict[str, Any], LoadReport]:
-    """Config, parameters (numpy, in the stored dtype) and report of a folder.
+def open_beats(directory: str | Path, *, classifier: bool = False) -> tuple[BeatsConfig, ImportPlan]:
+    """Config of a folder and its parameters, checked and unread.
 
     Args:
         directory: config.json with the checkpoint's cfg, and its tensors as safetensors.
@@ -151,8 +170,15 @@ def load_beats(
         raise ValueError(f"{directory}: finetuned_model is false, so there is no classifier to load")
     tensors = safetensors_io.read_folder(directory)
     expected = expected_params(config, num_classes if classifier else None)
-    params, report = import_params(beats_table(config, classifier), tensors, expected)
-    return config, params, report
+    return config, open_params(beats_table(config, classifier), tensors, expected)
+
+
+def load_beats(
+    directory: str | Path, *, classifier: bool = False
+) -> tuple[BeatsConfig, dict[str, Any], LoadReport]:
+    """Config, parameters (numpy, in the stored dtype) and report of a folder; see `open_beats`."""
+    config, plan = open_beats(directory, classifier=classifier)
+    return config, plan.read(), plan.report()
 
 
 def save_beats(directory: str | Path, config: BeatsConfig, params: Mapping[str, Any]) -> None:
@@ -172,3 +198,90 @@ def save_beats(directory: str | Path, config: BeatsConfig, params: Mapping[str, 
         cfg["predictor_class"] = int(params["predictor"]["bias"].shape[0])
     safetensors_io.write_folder(directory, tensors)
     (Path(directory) / "config.json").write_text(json.dumps(cfg, indent=2, sort_keys=True) + "\n")
+
+
+def file_sha256(file: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def convert_checkpoint(
+    file: str | Path,
+    folder: str | Path,
+    *,
+    python: str | Path = sys.executable,
+    timeout: float = CONVERSION_SECONDS,
+) -> str:
+    """Converts a published .pt into a folder that `load_beats` reads, and returns the file's sha256.
+
+    `avlm_jax/pytorch/beats_checkpoint.py` does it, as a process without network and without this one's
+    environment: the file is refused if it asks for code, read by torch with `weights_only`, and its hash
+    stands in the folder's config.json as "source_sha256".
+
+    Args:
+        file: {"cfg": ..., "model": ...}, pre-trained or fine-tuned.
+        folder: gets model.safetensors and config.json; made if missing.
+        python: an interpreter whose torch is 2.10 or newer.
+        timeout: seconds after which the process is stopped.
+
+    Raises:
+        ConversionError: no such file or interpreter, no usable torch, a file that is damaged, holds other
+            keys or calls for code, or the time is up.
+    """
+    file, folder = Path(file).absolute(), Path(folder).absolute()
+    if not file.is_file():
+        raise ConversionError(f"{file}: no such file")
+    interpreter = shutil.which(python)
+    if interpreter is None:
+        raise ConversionError(f"{python}: no such Python to convert {file} with")
+    digest = file_sha256(file)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = (
+        "LD_LIBRARY_PATH",
+        "DYLD_LIBRARY_PATH",
+        "SYSTEMROOT",
+    )  # What an interpreter may need to start at all.
+    environment = {name: os.environ[name] for name in kept if name in os.environ} | {
+        "PATH": os.defpath,
+        "HOME": str(folder),
+        "TMPDIR": str(folder),
+        "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    try:
+        done = subprocess.run(
+            [os.path.abspath(interpreter), "-I", str(SCRIPT), str(file), str(folder)],
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConversionError(
+            f"{file}: its conversion took more than {timeout:.0f} s and was stopped"
+        ) from None
+    except OSError as error:
+        raise ConversionError(f"{python}: cannot be run as Python ({error.strerror})") from None
+    told = done.stderr.strip()
+    if done.returncode == SCRIPT_REFUSED:
+        raise ConversionError(told)
+    if done.returncode == SCRIPT_NO_TORCH:
+        raise ConversionError(
+            f"{file} is a pickle, and {python} has no torch to convert it with ({told}). Either install it "
+            f"there, or name another Python that has it (--torch-python), or run `python {SCRIPT} {file.name} "
+            "FOLDER` on any machine with torch and give FOLDER in place of the file"
+        )
+    if done.returncode != 0:
+        how = f"exit code {done.returncode}"
+        if done.returncode < 0:
+            how = f"killed by {signal.Signals(-done.returncode).name}"
+        raise ConversionError(f"{file}: its conversion failed, {how}: {told[-500:] or 'no message'}")
+    written = json.loads((folder / "config.json").read_text())["source_sha256"]
+    if written != digest:
+        raise ConversionError(f"{file}: changed while it was being converted")
+    return digest

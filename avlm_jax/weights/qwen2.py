@@ -23,12 +23,13 @@ from avlm_jax.weights import safetensors_io
 from avlm_jax.weights.table import (
     TRANSPOSE,
     Ignored,
+    ImportPlan,
     LoadReport,
     Row,
     Table,
     WeightError,
     export_params,
-    import_params,
+    open_params,
     unflatten,
 )
 
@@ -146,8 +147,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return hf
 
 
-def load_qwen2(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any], LoadReport]:
-    """The Hugging Face config, parameters (numpy, in the stored dtype) and report of a folder.
+def open_qwen2(directory: str | Path) -> tuple[dict[str, Any], ImportPlan]:
+    """The Hugging Face config of a folder and its parameters, checked and unread.
 
     Raises:
         ValueError: config.json, see `read_config`.
@@ -157,17 +158,20 @@ def load_qwen2(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any], L
     hf_config = read_config(directory)
     tensors = safetensors_io.read_folder(directory)
     if hf_config["tie_word_embeddings"] and _HEAD in tensors and _EMBEDDING in tensors:
-        if not np.array_equal(_bits(tensors[_HEAD]), _bits(tensors[_EMBEDDING])):
+        head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+        pairs = zip(head.pieces(), embedding.pieces(), strict=False)
+        if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or any(a != b for a, b in pairs):
             raise WeightError(
                 hf_config["model_type"],
-                [f"{_HEAD} ({tensors[_HEAD].file}) differs from {_EMBEDDING}; tie_word_embeddings is true"],
+                [f"{_HEAD} ({head.file}) differs from {_EMBEDDING}; tie_word_embeddings is true"],
             )
-    params, report = import_params(qwen2_table(hf_config), tensors, expected_params(hf_config))
-    return hf_config, params, report
+    return hf_config, open_params(qwen2_table(hf_config), tensors, expected_params(hf_config))
 
 
-def _bits(tensor: Any) -> np.ndarray:
-    return np.asarray(tensor).view(np.uint8)
+def load_qwen2(directory: str | Path) -> tuple[dict[str, Any], dict[str, Any], LoadReport]:
+    """The Hugging Face config, parameters (numpy, in the stored dtype) and report of a folder; see `open_qwen2`."""
+    hf_config, plan = open_qwen2(directory)
+    return hf_config, plan.read(), plan.report()
 
 
 def save_qwen2(
@@ -184,5 +188,7 @@ def save_qwen2(
     hf = {"tie_word_embeddings": False, **hf_config}
     architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[hf["model_type"]]
     hf.setdefault("architectures", [architecture])
+    # What transformers loads it as; releases before 5 know the key by its older name.
+    hf["dtype"] = hf["torch_dtype"] = str(np.dtype(params["embed"]["embedding"].dtype))
     safetensors_io.write_folder(directory, export_params(qwen2_table(hf), params), max_shard_bytes)
     (Path(directory) / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")

@@ -12,12 +12,14 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from input_pipeline.errors import UserError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,7 +37,7 @@ _DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class SafetensorsError(ValueError):
+class SafetensorsError(UserError, ValueError):
     """A file that is no valid safetensors, or a folder whose parts do not agree. Names file and key."""
 
 
@@ -68,6 +70,24 @@ class StoredTensor:
         if dtype is not None and np.dtype(dtype) != self.dtype:
             return view.astype(dtype)
         return view.copy() if copy else view
+
+    def release(self) -> None:
+        """Gives back the memory of the pages that were read; views stay valid and read them again."""
+        if self.nbytes:
+            begin = self.begin - self.begin % mmap.PAGESIZE
+            _map(self.file).madvise(mmap.MADV_DONTNEED, begin, self.begin + self.nbytes - begin)
+
+    def pieces(self, size: int = 2**22) -> Iterator[bytes]:
+        """The data as bytes of at most `size`, read from the file and not from the map."""
+        with open(self.file, "rb") as handle:
+            handle.seek(self.begin)
+            left = self.nbytes
+            while left:
+                piece = handle.read(min(size, left))
+                if not piece:
+                    raise SafetensorsError(f"{self.file}: became shorter while tensor {self.name!r} was read")
+                yield piece
+                left -= len(piece)
 
 
 @functools.lru_cache(maxsize=256)

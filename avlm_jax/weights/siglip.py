@@ -17,12 +17,13 @@ from avlm_jax.weights.table import (
     IDENTITY,
     TRANSPOSE,
     Ignored,
+    ImportPlan,
     LoadReport,
     Row,
     Table,
     Transform,
     export_params,
-    import_params,
+    open_params,
     patch_kernel,
     reshape,
     split,
@@ -144,10 +145,10 @@ def expected_params(config: SiglipConfig, pooled: bool = False) -> dict[str, Any
     return jax.eval_shape(model.init, jax.random.key(0), image)["params"]
 
 
-def load_siglip(
+def open_siglip(
     directory: str | Path, *, feature_layer: int | None = None, pooled: bool = False
-) -> tuple[SiglipConfig, dict[str, Any], LoadReport]:
-    """Config, parameters (numpy, in the stored dtype) and report of a Hugging Face folder.
+) -> tuple[SiglipConfig, ImportPlan]:
+    """Config of a Hugging Face folder and its parameters, checked and unread.
 
     Args:
         directory: SiglipModel's or SiglipVisionModel's, single or sharded safetensors.
@@ -160,8 +161,15 @@ def load_siglip(
     """
     config = read_config(directory, feature_layer)
     tensors = safetensors_io.read_folder(directory)
-    params, report = import_params(siglip_table(config, pooled), tensors, expected_params(config, pooled))
-    return config, params, report
+    return config, open_params(siglip_table(config, pooled), tensors, expected_params(config, pooled))
+
+
+def load_siglip(
+    directory: str | Path, *, feature_layer: int | None = None, pooled: bool = False
+) -> tuple[SiglipConfig, dict[str, Any], LoadReport]:
+    """Config, parameters (numpy, in the stored dtype) and report of a folder; see `open_siglip`."""
+    config, plan = open_siglip(directory, feature_layer=feature_layer, pooled=pooled)
+    return config, plan.read(), plan.report()
 
 
 def save_siglip(directory: str | Path, config: SiglipConfig, params: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ every tensor is used, or declared as ignored with a reason, or an error.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,10 +16,13 @@ import flax.traverse_util
 import ml_dtypes
 import numpy as np
 
+from avlm_jax.weights.stored import Deferred, LoadReport, StoredLeaf, make_report
+from input_pipeline.errors import UserError
+
 _FLOATS = tuple(map(np.dtype, (np.float32, ml_dtypes.bfloat16, np.float16, np.float64)))
 
 
-class WeightError(ValueError):
+class WeightError(UserError, ValueError):
     """Tensors and parameters do not fit. `problems` lists every one of them, not only the first."""
 
     def __init__(self, table: str, problems: list[str]):
@@ -152,54 +154,27 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadReport:
-    """What was loaded.
-
-    Attributes:
-        count, bytes: tensors used and their size as stored.
-        sha256: over the sorted lines "name dtype shape sha256-of-the-data" of the tensors used: the same
-            weights give the same value however they were sharded.
-        ignored: reason -> names of the tensors left out for it.
-    """
-
-    count: int
-    bytes: int
-    sha256: str
-    ignored: dict[str, tuple[str, ...]]
-
-    def __str__(self) -> str:
-        lines = [f"{self.count} tensors, {self.bytes:,} bytes, sha256 {self.sha256}"]
-        lines += [f"  ignored: {len(names)} tensors ({reason})" for reason, names in self.ignored.items()]
-        return "\n".join(lines)
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """Where one parameter comes from.
-
-    Attributes:
-        shape: of the parameter, with the layer axis if it is stacked.
-        dtype: of the tensors.
-        names: one tensor per layer, or a single one.
-        stacked: whether names run along a leading layer axis.
-        transform, part: the parameter is `transform.ours(tensor)[part]`.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    names: tuple[str, ...]
-    stacked: bool
-    transform: Transform
-    part: int
-
-
-@dataclasses.dataclass(frozen=True)
 class ImportPlan:
     """Every check passed: leaves by path, copies (name -> name it must equal), ignored (reason -> names)."""
 
-    leaves: dict[str, LeafPlan]
+    leaves: dict[str, StoredLeaf]
     copies: dict[str, str]
     ignored: dict[str, tuple[str, ...]]
+    tensors: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    def read(self) -> dict[str, Any]:
+        """All parameters as a nested dict of numpy arrays in the stored dtype."""
+        return unflatten({path: leaf.read() for path, leaf in self.leaves.items()})
+
+    def report(self) -> LoadReport:
+        """Counts and hashes the tensors used; reads them all, a piece at a time."""
+        used = {name for leaf in self.leaves.values() for name in leaf.names} | self.copies.keys()
+        return make_report(used, self.tensors, self.ignored)
+
+
+def _stand_in(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of a shape that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _describe(tensors: Mapping[str, Any], name: str) -> str:
@@ -222,7 +197,7 @@ def plan_import(table: Table, tensors: Mapping[str, Any], expected: Mapping[str,
     shapes = {path: tuple(leaf.shape) for path, leaf in flatten(expected).items()}
     problems: list[str] = []
     used: set[str] = set()
-    leaves: dict[str, LeafPlan] = {}
+    leaves: dict[str, StoredLeaf] = {}
     copies: dict[str, str] = {}
     for row in table.rows:
         names = _row_names(table, row, tensors, used, copies, problems)
@@ -244,7 +219,24 @@ def plan_import(table: Table, tensors: Mapping[str, Any], expected: Mapping[str,
             ignored.setdefault(reason, []).append(name)
     if problems:
         raise WeightError(table.name, problems)
-    return ImportPlan(leaves, copies, {reason: tuple(names) for reason, names in ignored.items()})
+    return ImportPlan(leaves, copies, {reason: tuple(names) for reason, names in ignored.items()}, tensors)
+
+
+def open_params(table: Table, tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> ImportPlan:
+    """`plan_import`, and the few tensors that must equal others are compared. Afterwards any leaf can be read.
+
+    Raises:
+        WeightError: as `plan_import`, or repeated copies of a shared tensor differ.
+    """
+    plan = plan_import(table, tensors, expected)
+    problems: list[str] = []
+    for copy, original in plan.copies.items():
+        first, second = np.asarray(tensors[original]), np.asarray(tensors[copy])
+        if first.dtype != second.dtype or first.shape != second.shape or first.tobytes() != second.tobytes():
+            problems.append(f"{_describe(tensors, copy)} must equal {original}, of which it is a copy")
+    if problems:
+        raise WeightError(table.name, problems)
+    return plan
 
 
 def _row_names(
@@ -285,7 +277,7 @@ def _leaf_plan(
     tensors: Mapping[str, Any],
     shape: tuple[int, ...],
     problems: list[str],
-) -> LeafPlan | None:
+) -> StoredLeaf | None:
     expected = (len(names), *shape[1:]) if row.stacked else shape
     if expected != shape:
         problems.append(f"{path}: the model stacks {shape[0]} layers, the table {len(names)}")
@@ -298,9 +290,8 @@ def _leaf_plan(
                 f"{_describe(tensors, name)} is {tensor.dtype}; {path} needs floating-point numbers"
             )
             continue
-        stand_in = np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)  # shape without memory
         try:
-            found = row.transform.ours(stand_in)[part].shape
+            found = row.transform.ours(_stand_in(tensor.shape, tensor.dtype))[part].shape
         except ValueError as error:
             problems.append(
                 f"{_describe(tensors, name)} has shape {list(tensor.shape)}: {error} (for {path})"
@@ -319,7 +310,7 @@ def _leaf_plan(
         )
     if len(problems) > before:
         return None
-    return LeafPlan(shape, dtypes.pop(), names, row.stacked, row.transform, part)
+    return StoredLeaf(shape, dtypes.pop(), names, row.stacked, row.transform, part, tensors)
 
 
 def import_params(
@@ -327,44 +318,35 @@ def import_params(
 ) -> tuple[dict[str, Any], LoadReport]:
     """Parameters as a nested dict of numpy arrays in the stored dtype, one tensor being read at a time.
 
-    Arguments and errors are `plan_import`'s; in addition WeightError if repeated copies of a shared tensor
-    differ.
+    Arguments and errors are `open_params`'.
     """
-    plan = plan_import(table, tensors, expected)
-    digests: dict[str, str] = {}
-    params: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    nbytes = 0
-
-    def read(name: str) -> np.ndarray:
-        nonlocal nbytes
-        array = np.asarray(tensors[name])
-        if name not in digests:
-            digest = hashlib.sha256()
-            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-            digests[name] = f"{name} {array.dtype} {list(array.shape)} {digest.hexdigest()}"
-            nbytes += array.nbytes
-        return array
-
-    for path, leaf in plan.leaves.items():
-        if leaf.stacked:
-            params[path] = np.empty(leaf.shape, leaf.dtype)
-            for layer, name in enumerate(leaf.names):
-                params[path][layer] = leaf.transform.ours(read(name))[leaf.part]
-        else:
-            params[path] = np.array(leaf.transform.ours(read(leaf.names[0]))[leaf.part], order="C")
-    for copy, original in plan.copies.items():
-        first, second = read(original), read(copy)
-        if first.dtype != second.dtype or first.shape != second.shape or first.tobytes() != second.tobytes():
-            problems.append(f"{_describe(tensors, copy)} must equal {original}, of which it is a copy")
-    if problems:
-        raise WeightError(table.name, problems)
-    fingerprint = hashlib.sha256("\n".join(sorted(digests.values())).encode()).hexdigest()
-    return unflatten(params), LoadReport(len(digests), nbytes, fingerprint, plan.ignored)
+    plan = open_params(table, tensors, expected)
+    return plan.read(), plan.report()
 
 
-def export_params(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Tensors under their names, views of `params` where the layout allows; the inverse of `import_params`.
+def canonical_tensors(
+    table: Table, tensors: Mapping[str, Any], expected: Mapping[str, Any]
+) -> tuple[dict[str, Any], LoadReport]:
+    """The tensors that the model uses, under the table's own names, still unread; and the report on them.
+
+    Arguments and errors are `open_params`'.
+    """
+    opened = open_params(table, tensors, expected)
+    found: dict[str, Any] = {}
+    for row in table.rows:
+        names = opened.leaves[row.paths[0]].names
+        for layer in range(table.depth if "{i}" in row.theirs else 1):
+            # A shared tensor's copies are equal to layer 0's, which was checked.
+            found[row.theirs.replace("{i}", str(layer))] = tensors[names[0 if row.shared else layer]]
+    return found, opened.report()
+
+
+def export_params(table: Table, params: Mapping[str, Any]) -> dict[str, Deferred]:
+    """Tensors under their names, each made when it is asked for; the inverse of `import_params`.
+
+    Args:
+        table: the backbone's.
+        params: nested dict; leaves are arrays or `StoredLeaf`s.
 
     Raises:
         WeightError: lists every parameter that no row writes, that is missing, or whose layer axis is not the
@@ -376,19 +358,29 @@ def export_params(table: Table, params: Mapping[str, Any]) -> dict[str, np.ndarr
     problems += [f"{path}: missing from the parameters" for path in sorted(in_table - leaves.keys())]
     for row in table.rows:
         for path in row.paths:
-            if row.stacked and path in leaves and leaves[path].shape[:1] != (table.depth,):
+            if row.stacked and path in leaves and tuple(leaves[path].shape[:1]) != (table.depth,):
                 problems.append(
                     f"{path}: shape {list(leaves[path].shape)} does not stack {table.depth} layers"
                 )
     if problems:
         raise WeightError(table.name, problems)
-    tensors: dict[str, np.ndarray] = {}
-    for row in table.rows:
-        arrays = [np.asarray(leaves[path]) for path in row.paths]
-        for layer in range(table.depth if "{i}" in row.theirs else 1):
-            parts = [array[layer] for array in arrays] if row.stacked else arrays
-            tensors[row.theirs.replace("{i}", str(layer))] = row.transform.theirs(*parts)
-    return tensors
+    return {
+        row.theirs.replace("{i}", str(layer)): _defer(row, [leaves[path] for path in row.paths], layer)
+        for row in table.rows
+        for layer in range(table.depth if "{i}" in row.theirs else 1)
+    }
+
+
+def _defer(row: Row, leaves: list[Any], layer: int) -> Deferred:
+    shapes = [tuple(leaf.shape[1:] if row.stacked else leaf.shape) for leaf in leaves]
+    dtype = np.dtype(leaves[0].dtype)
+    shape = row.transform.theirs(*(_stand_in(shape, dtype) for shape in shapes)).shape
+
+    def make() -> np.ndarray:
+        parts = (np.asarray(leaf[layer] if row.stacked else leaf) for leaf in leaves)
+        return row.transform.theirs(*parts)
+
+    return Deferred(shape, dtype, make)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from input_pipeline.conversation import (
     ControlTokenError,
     ConversationError,
     DoesNotFit,
+    Media,
+    Text,
     TokenPlan,
     encode_conversation,
     encode_prompt,
@@ -233,6 +235,17 @@ def test_malformed_conversations_are_refused_by_name(tokenizer, conversation, me
 def test_placeholder_without_media_is_refused():
     with pytest.raises(ConversationError, match="the sample has no media"):
         split_rounds(turns("<video>\nQ", "A"), has_media=False)
+
+
+def test_a_placeholder_that_somebody_typed_is_text():
+    typed = "What do <video> and <video> <image> mean?"
+    turn = {"from": "human", "value": typed, "verbatim": True}
+    assert split_rounds([turn], has_media=True)[1][0].question == (Media(), Text("\n" + typed))
+    assert split_rounds([turn], has_media=False)[1][0].question == (Text(typed),)
+    with pytest.raises(ConversationError, match="3 media placeholders"):
+        split_rounds(turns(typed), has_media=True)
+    system = {"from": "system", "value": "<audio>"}
+    assert split_rounds([system, turn], has_media=False)[1][0].question == (Text(typed),)
 
 
 def test_placeholder_in_an_answer_is_text(tokenizer):

@@ -10,6 +10,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from avlm_jax.encoders.siglip import SiglipEncoder, SiglipPooledModel  # noqa: E402
 from avlm_jax.weights.siglip import load_siglip, save_siglip  # noqa: E402
+from tests.parity.peers import assert_same_state, randomise, relative_error  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -22,31 +23,12 @@ TINY = dict(
 )  # fmt: skip
 
 
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Every parameter away from its initial value: biases and norms start at constants that hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * noise)
-            else:
-                fan_in = parameter[0].numel() if parameter.ndim > 1 else 25
-                parameter.copy_(noise / fan_in**0.5)
-
-
 def images_of(size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (2, size, size, 3), dtype=np.uint8)
 
 
 def pixel_values(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(((images.astype(np.float32) / 255 - 0.5) / 0.5).transpose(0, 3, 1, 2))
-
-
-def relative_error(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("feature_layer", [-1, -2, 0])
@@ -64,21 +46,37 @@ def test_hidden_states_of_a_vision_model(tmp_path, feature_layer):
     assert error < TOLERANCE
 
 
-def test_one_layer_at_the_released_width(tmp_path):
-    sizes = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, num_hidden_layers=2)
-    model = transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(**sizes, image_size=62, patch_size=14)
-    ).eval()
+# Sizes of the released towers; images are small, and 62 pixels leave 6 that fill no patch, as 384 do for 14.
+WIDTHS = {
+    "so400m/14": dict(
+        hidden_size=1152, intermediate_size=4304, num_attention_heads=16, patch_size=14, image_size=62
+    ),
+    "base/16": dict(
+        hidden_size=768, intermediate_size=3072, num_attention_heads=12, patch_size=16, image_size=64
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_one_layer_at_the_released_width(tmp_path, name):
+    """The feature below the last of two layers, and the head above both."""
+    sizes = WIDTHS[name]
+    config = transformers.SiglipVisionConfig(num_hidden_layers=2, **sizes)
+    model = transformers.SiglipVisionModel(config).eval()
     randomise(model, seed=2)
     model.save_pretrained(tmp_path)
-    images = images_of(62)
+    images = images_of(sizes["image_size"])
     with torch.no_grad():
-        expected = model(pixel_values(images), output_hidden_states=True).hidden_states[-2]
+        output = model(pixel_values(images), output_hidden_states=True)
     config, params, _ = load_siglip(tmp_path)
     found = SiglipEncoder(config).apply({"params": params}, images)
-    error = relative_error(found, expected)
-    print(f"SigLIP so400m width, one layer: {error:.1e} of the scale")
+    error = relative_error(found, output.hidden_states[-2])
+    print(f"SigLIP {name}, one layer: {error:.1e} of the scale")
     assert error < TOLERANCE
+    config, params, _ = load_siglip(tmp_path, pooled=True)
+    pooled = relative_error(SiglipPooledModel(config).apply({"params": params}, images), output.pooler_output)
+    print(f"SigLIP {name}, two layers and the head: {pooled:.1e} of the scale")
+    assert pooled < TOLERANCE
 
 
 def test_pooled_model_out_of_a_whole_siglip(tmp_path):
@@ -105,8 +103,4 @@ def test_transformers_reads_what_we_write(tmp_path):
     save_siglip(tmp_path / "ours", config, params)
     again, info = transformers.SiglipVisionModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    expected = model.state_dict()
-    found = again.state_dict()
-    assert found.keys() == expected.keys()
-    for name in expected:
-        assert torch.equal(found[name], expected[name]), name
+    assert_same_state(again, model)

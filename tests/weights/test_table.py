@@ -77,7 +77,9 @@ def test_export_is_the_inverse_to_the_bit():
     params, first = import_params(TABLE, source, EXPECTED)
     exported = export_params(TABLE, params)
     assert exported.keys() == source.keys() - {"extra.a"}
-    for name, array in exported.items():
+    for name, tensor in exported.items():
+        array = np.asarray(tensor)
+        assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype)
         assert array.dtype == source[name].dtype and array.tobytes() == source[name].tobytes(), name
     again, second = import_params(TABLE, exported, EXPECTED)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again))

@@ -54,10 +54,12 @@ slow: $(STAMP)  ## the tests that take minutes each
 	@$(PYTEST) -m "slow and not parity" $(ARGS)
 
 parity: $(PARITY)/.installed  ## tests against PyTorch peers, in an environment of their own (torch is large)
-	@$(TEST_ENVIRONMENT) $(PARITY)/bin/python -m pytest -m parity $(ARGS)
+	@$(TEST_ENVIRONMENT) $(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m parity $(ARGS)
 
+# speechbrain asks for torchaudio, of which no release fits this torch: with it there, transformers fails on import.
 $(PARITY)/.installed: $(DEPENDENCIES)
 	@$(PYTHON) requirements/install.py $(PARITY) --extra torch
+	@$(PARITY)/bin/python -m pip uninstall --quiet --yes torchaudio
 	@touch $@
 
 format: $(STAMP)  ## let ruff lay out the code and mend what it can

@@ -38,6 +38,7 @@ CORE = [
     "clu>=0.0.12,<0.1",
     "etils>=1.12,<2",
     "grain>=0.2.18,<0.3",
+    "huggingface_hub>=1",  # transformers holds the version.
     "jaxtyping>=0.3,<0.4",
     "jinja2>=3.1,<4",  # transformers renders chat templates with it and does not declare it.
     "matplotlib>=3.10,<4",

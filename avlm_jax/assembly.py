@@ -251,3 +251,27 @@ def check_sizes(config: ConfigDict, part: str, folder: str | Path, sizes: Mappin
         raise ConfigError(
             f"config.model.{part} does not fit the checkpoint in {folder}: {told}. Set {remedy}"
         )
+
+
+def check_weights(
+    made_with: Mapping[str, str] | None, reports: Mapping[str, LoadReport], where: str | Path
+) -> None:
+    """Raises ConfigError if what lies in `where` was trained on other backbones than config.init names now.
+
+    Args:
+        made_with: sha256 by backbone, from the metadata; None where an older version wrote none.
+        reports: of the backbones that were loaded.
+        where: checkpoint or run, for the message.
+    """
+    changed = sorted(
+        part for part in reports if made_with is not None and made_with.get(part) != reports[part].sha256
+    )
+    if changed:
+        told = "; ".join(
+            f"{part}: sha256 {(made_with or {}).get(part, 'none')} there, {reports[part].sha256} now"
+            for part in changed
+        )
+        raise ConfigError(
+            f"{where} was trained on other weights of {', '.join(changed)} than config.init names now ({told}); let "
+            f"{', '.join(f'--config.init.{part}=DIR' for part in changed)} name the same weights, or train again"
+        )

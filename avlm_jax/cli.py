@@ -42,6 +42,10 @@ VERBS: dict[str, Verb] = {
     "evaluate": Verb("avlm_jax.evaluate", "answer the questions of prepared records and score the answers"),
     "score": Verb("avlm_jax.score", "score a file of predictions"),
     "ask": Verb("avlm_jax.ask", "ask a question about one media file"),
+    "import-weights": Verb("avlm_jax.import_weights", "check released weights and gather them in one folder"),
+    "export": Verb(
+        "avlm_jax.export", "a trained model as a folder for PyTorch: transformers, PEFT, one file"
+    ),
     "doctor": Verb("avlm_jax.doctor", "check this installation: versions, devices, known traps"),
 }
 

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.assembly import Assembly, assemble, check_weights
 from avlm_jax.checkpoint import CONFIG_FILE, METADATA_FILE, CheckpointError, load_tree
 from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
@@ -273,9 +273,10 @@ def load_model(
         raise UserError(f"{error}; copy the checkpoint again") from error
     try:
         # In the types they had in training: what was learnt in fp32, the rest in frozen_dtype.
-        params, _ = assembly.parameters(learnt, fp32=flatten(learnt))
+        params, reports = assembly.parameters(learnt, fp32=flatten(learnt))
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{folder} does not fit the configuration: {error}") from error
+    check_weights(metadata.get("weights"), reports, folder)
     return Model(assembly, params, metadata)

@@ -28,7 +28,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from avlm_jax import __version__
-from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.assembly import Assembly, assemble, check_weights
 from avlm_jax.checkpoint import Checkpointer, load_tree, save_tree
 from avlm_jax.config import (
     ConfigError,
@@ -162,7 +162,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             state, data_state, saved = found
             check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
             check_parent(saved["parent"], parent_hash, stage, workdir / name)
-            check_weights(saved.get("weights"), weights, workdir / name)
+            check_weights(saved.get("weights"), reports, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
@@ -300,16 +300,6 @@ def check_parent(begun_from: str | None, parent_hash: str | None, stage: StageCo
         raise ConfigError(
             f"{folder} was begun from another result of stage {stage.parent or '(none)'} than the one there is now; "
             f"delete {folder} to train it again"
-        )
-
-
-def check_weights(begun_with: Mapping[str, str] | None, now: Mapping[str, str], folder: Path) -> None:
-    """Raises ConfigError if a run was begun on other backbones (by sha256) than those it would continue on."""
-    changed = sorted(part for part in now if begun_with is not None and begun_with.get(part) != now[part])
-    if changed:
-        raise ConfigError(
-            f"{folder} was begun with other weights of {', '.join(changed)} than config.init names now; "
-            f"restore them, or delete {folder} to train it again"
         )
 
 

@@ -122,14 +122,16 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         )
     try:
         hf = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{file}: holds a {type(hf).__name__}, not the keys of a model")
     if hf.get("model_type") not in ("qwen2", "llama"):
         raise ValueError(f"{file}: model_type is {hf.get('model_type')!r}; known: qwen2, llama")
     if hf["model_type"] == "llama":
         hf.setdefault("num_key_value_heads", hf.get("num_attention_heads"))
     for key in _SIZES:
-        if not isinstance(hf.get(key), int) or hf[key] < 1:
+        if type(hf.get(key)) is not int or hf[key] < 1:
             raise ValueError(f"{file}: {key} is {hf.get(key)!r}, expected a positive whole number")
     unsupported = {
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
@@ -138,12 +140,23 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         if hf.get(key, wanted) != wanted:
             raise ValueError(f"{file}: {key} is {hf[key]!r}; only {wanted!r} is supported")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{file}: rope_parameters is {rope!r}, expected keys and values")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default":
         raise ValueError(f"{file}: rope type {rope_type!r} is not supported; only 'default' is")
     hf.setdefault("rope_theta", rope.get("rope_theta", 10_000.0))
     hf.setdefault("tie_word_embeddings", False)
     hf.setdefault("rms_norm_eps", 1e-6)
+    for key in ("rope_theta", "rms_norm_eps"):
+        if type(hf[key]) not in (int, float) or not hf[key] > 0:
+            raise ValueError(f"{file}: {key} is {hf[key]!r}, expected a positive number")
+    if type(hf["tie_word_embeddings"]) is not bool:
+        raise ValueError(
+            f"{file}: tie_word_embeddings is {hf['tie_word_embeddings']!r}, expected true or false"
+        )
+    if hf.get("head_dim") is not None and (type(hf["head_dim"]) is not int or hf["head_dim"] < 1):
+        raise ValueError(f"{file}: head_dim is {hf['head_dim']!r}, expected a positive whole number")
     return hf
 
 

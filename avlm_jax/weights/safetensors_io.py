@@ -24,6 +24,7 @@ from input_pipeline.errors import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit (safetensors/src/tensor.rs)
+MAX_AXES = 32  # numpy itself stops at 64; the product of more, each of them large, takes forever
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' long-standing default for save_pretrained
 
 _DTYPES: dict[str, np.dtype] = {
@@ -133,10 +134,10 @@ def read_file(file: str | os.PathLike) -> dict[str, StoredTensor]:
             raise SafetensorsError(f"{file}: truncated inside its header ({size} bytes); fetch it again")
         raw = handle.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique_pairs)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_pairs)
     except SafetensorsError as error:
         raise SafetensorsError(f"{file}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SafetensorsError(f"{file}: the header is no valid JSON ({error}); fetch it again") from None
     if not isinstance(header, dict):
         raise SafetensorsError(f"{file}: the header is a {type(header).__name__}, not an object")
@@ -161,15 +162,17 @@ def _stored(file: Path, name: str, entry: Any, start: int, size: int) -> StoredT
     except (KeyError, TypeError, ValueError):
         raise SafetensorsError(f"{where}: the header entry lacks dtype, shape or data_offsets") from None
     if not isinstance(code, str) or code not in _DTYPES:
-        raise SafetensorsError(f"{where}: dtype {code!r} is unknown; known: {', '.join(_DTYPES)}")
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-        raise SafetensorsError(
-            f"{where}: shape {list(shape)} or offsets [{begin}, {end}] are no whole numbers"
-        )
+        raise SafetensorsError(f"{where}: dtype {repr(code)[:40]} is unknown; known: {', '.join(_DTYPES)}")
+    if len(shape) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end)):
+        shown = f"shape {repr(list(shape[:MAX_AXES]))[:200]}, offsets [{repr(begin)[:30]}, {repr(end)[:30]}]"
+        raise SafetensorsError(f"{where}: {shown}: no sizes of an array")
     if start + end > size:
         raise SafetensorsError(
             f"{where}: ends at byte {start + end} of {size}; truncated, fetch the file again"
         )
+    # A zero among the sizes must not hide others that no array can have.
+    if math.prod(n or 1 for n in shape) * _DTYPES[code].itemsize >= 2**63:
+        raise SafetensorsError(f"{where}: shape {list(shape)} is too large for an array")
     tensor = StoredTensor(file, name, shape, _DTYPES[code], start + begin)
     if end - begin != tensor.nbytes:
         raise SafetensorsError(f"{where}: {end - begin} bytes, but {code}{list(shape)} takes {tensor.nbytes}")
@@ -251,6 +254,8 @@ def write_file(
             for name in ordered:
                 # View as bytes: numpy's own writer refuses the extension dtypes of ml_dtypes.
                 handle.write(np.ascontiguousarray(np.asarray(tensors[name])).reshape(-1).view(np.uint8).data)
+                if hasattr(tensors[name], "release"):  # Of another file: its pages have done their work.
+                    tensors[name].release()
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -119,8 +119,10 @@ def read_config(directory: str | Path, feature_layer: int | None = None) -> Sigl
         raise ValueError(f"{file}: missing; a SigLIP folder holds config.json beside its safetensors")
     try:
         hf = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no valid JSON ({error})") from None
+    if not isinstance(hf, dict) or not isinstance(hf.get("vision_config", {}), dict):
+        raise ValueError(f"{file}: not the keys and values of a model")
     hf = {**hf.get("vision_config", {}), "model_type": "siglip_vision_model"} if "vision_config" in hf else hf
     if hf.get("model_type") != "siglip_vision_model":
         raise ValueError(

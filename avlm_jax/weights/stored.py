@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from avlm_jax.weights.safetensors_io import StoredTensor
+from input_pipeline.progress import track
 
 if TYPE_CHECKING:
     from avlm_jax.weights.table import Transform
@@ -135,9 +136,12 @@ class LoadReport:
 
 
 def make_report(
-    names: Iterable[str], tensors: Mapping[str, Any], ignored: Mapping[str, tuple[str, ...]]
+    names: Iterable[str],
+    tensors: Mapping[str, Any],
+    ignored: Mapping[str, tuple[str, ...]],
+    label: str = "",
 ) -> LoadReport:
-    """Reads every named tensor once, in pieces, and hashes it."""
+    """Reads every named tensor once, in pieces, and hashes it; with a label it shows its progress."""
     names = sorted(names)
 
     def line(name: str) -> str:
@@ -147,7 +151,8 @@ def make_report(
         return f"{name} {np.dtype(tensor.dtype)} {list(tensor.shape)} {digest.hexdigest()}"
 
     with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        lines = list(pool.map(line, names))
+        lines = pool.map(line, names)
+        lines = list(track(lines, len(names), label, "tensors") if label else lines)
     nbytes = sum(int(tensors[name].nbytes) for name in names)
     fingerprint = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     return LoadReport(len(names), nbytes, fingerprint, dict(ignored))

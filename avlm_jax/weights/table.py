@@ -324,21 +324,15 @@ def import_params(
     return plan.read(), plan.report()
 
 
-def canonical_tensors(
-    table: Table, tensors: Mapping[str, Any], expected: Mapping[str, Any]
-) -> tuple[dict[str, Any], LoadReport]:
-    """The tensors that the model uses, under the table's own names, still unread; and the report on them.
-
-    Arguments and errors are `open_params`'.
-    """
-    opened = open_params(table, tensors, expected)
+def canonical_tensors(table: Table, plan: ImportPlan) -> dict[str, Any]:
+    """The tensors that a plan uses, under the table's own names, still unread."""
     found: dict[str, Any] = {}
     for row in table.rows:
-        names = opened.leaves[row.paths[0]].names
+        names = plan.leaves[row.paths[0]].names
         for layer in range(table.depth if "{i}" in row.theirs else 1):
             # A shared tensor's copies are equal to layer 0's, which was checked.
-            found[row.theirs.replace("{i}", str(layer))] = tensors[names[0 if row.shared else layer]]
-    return found, opened.report()
+            found[row.theirs.replace("{i}", str(layer))] = plan.tensors[names[0 if row.shared else layer]]
+    return found
 
 
 def export_params(table: Table, params: Mapping[str, Any]) -> dict[str, Deferred]:

@@ -83,6 +83,9 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
     return batch_size // process_count
 
 
+MOST_POSITIONS = 2**50
+
+
 def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadRow:
     modalities = [source.config.modalities for source in mixture.sources]
     return ReadRow(mixture, tuple(dataclasses.replace(builder, modalities=shown) for shown in modalities))
@@ -101,7 +104,9 @@ def make_dataset(
     Row r of process p is global position n * batch_size + r * process_count + p of the mixture's order.
     """
     local = _local_batch_size(batch_size, process_index, process_count)
-    numbers = mixture.order().repeat()[process_index::process_count]
+    order = mixture.order()
+    # As good as endless. Without a count Grain takes sys.maxsize, which its batches of one row overflow.
+    numbers = order.repeat(MOST_POSITIONS // len(order))[process_index::process_count]
     return numbers.map(_make_reader(mixture, builder)).batch(local, batch_fn=stack_rows)
 
 

@@ -284,12 +284,16 @@ def _spec_fields() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(MediaSpec))
 
 
-def media_spec_from_config(name: str) -> MediaSpec:
+def media_spec_from_config(name: str, overrides: Sequence[str] = ()) -> MediaSpec:
     """The MediaSpec in `config.media` of a configuration file, `path.py[:arguments]`.
+
+    Args:
+        name: of the configuration.
+        overrides: strings `--config.media.key=value`; nothing else of a configuration is used here.
 
     Raises:
         UserError: no such file, it has no `get_config` or no `media`, or media has an unknown or unusable
-            field.
+            field; an override of anything else.
     """
     path, separator, arguments = name.partition(".py:")
     path = path + ".py" if separator else name
@@ -306,6 +310,11 @@ def media_spec_from_config(name: str) -> MediaSpec:
     if "media" not in config:
         raise UserError(f"--config {name}: the configuration has no section media")
     fields = dict(config["media"])
+    for override in overrides:
+        key, _, value = override.removeprefix("--config.").partition("=")
+        if not key.startswith("media."):
+            raise UserError(f"{override}: `avlm prepare` reads the section media only; leave it out")
+        fields[key.removeprefix("media.")] = int(value) if value.isdecimal() else value
     for key in fields:
         if key not in _spec_fields():
             near = difflib.get_close_matches(key, _spec_fields(), 1, 0.0)
@@ -377,7 +386,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"say what to prepare with one of --manifest, --folder or files; {got}")
     if args.timeout <= 0:
         raise UserError(f"--timeout is {args.timeout:g}; it must be positive seconds")
-    spec = media_spec_from_config(args.config) if args.config else MediaSpec()
+    changed = getattr(args, "config_overrides", [])
+    if changed and not args.config:
+        raise UserError(f"{changed[0]}: name the configuration it changes with --config")
+    spec = media_spec_from_config(args.config, changed) if args.config else MediaSpec()
     overrides = {name: getattr(args, name, None) for name in _spec_fields()}
     try:
         spec = dataclasses.replace(

@@ -119,6 +119,24 @@ def test_resume_at_any_step_gives_the_same_batches(sources, builder, threads):
         _assert_equal(batches, expected[step:])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_row_a_process(sources, builder, count):
+    with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        expected = [number for batch in range(3) for number in loader.sample_numbers(batch)]
+    loaders = [
+        Loader(sources, builder, batch_size=count, seed=7, process_index=index, process_count=count)
+        for index in range(count)
+    ]
+    found = []
+    for batch in range(12 // count):
+        for loader in loaders:
+            assert len(next(loader)["tokens"]) == 1
+            found += loader.sample_numbers(batch)
+    for loader in loaders:
+        loader.close()
+    assert found == expected
+
+
 def test_seeking_is_free_of_what_lies_before(sources, builder):
     far = 10**9
     batches, ids = _take(2, sources, builder, start_batch=far)

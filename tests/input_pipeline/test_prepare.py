@@ -283,6 +283,22 @@ def test_command(clips, tmp_path, capsys):
         media_spec_from_config(str(config))
 
 
+def test_overrides_of_the_configuration_count(tmp_path):
+    config = tmp_path / "own.py"
+    config.write_text("def get_config(arg):\n    return {'media': {'num_frames': 3}}\n")
+    spec = media_spec_from_config(
+        str(config), ["--config.media.num_frames=2", "--config.media.sampler=linspace"]
+    )
+    assert spec == MediaSpec(num_frames=2, sampler="linspace")
+    for override, reason in (
+        ("--config.media.num_frame=2", "did you mean media.num_frames"),
+        ("--config.media.num_frames=two", "num_frames=two|not supported between"),
+        ("--config.model.llm.width=2", "reads the section media only"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            media_spec_from_config(str(config), [override])
+
+
 def test_real_media(shared_media, tmp_path):
     spec = MediaSpec(image_size=32)
     report = prepare(list_folder(shared_media), tmp_path / "r", spec, workers=2)

@@ -138,6 +138,12 @@ def test_prompts_are_those_of_training(tmp_path, system):
     from transformers import AddedToken, PreTrainedTokenizerFast
 
     overrides = write_backbones(tmp_path)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    # Where a text is cut shows in its ids only if something would have been joined there: newlines, "<|".
+    content["model"]["vocab"] |= {"\u010a\u010a": 270, "<|": 271}
+    content["model"]["merges"] += [["\u010a", "\u010a"], ["<", "|"]]
+    file.write_text(json.dumps(content), encoding="utf-8")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
     # Not flagged special: switching off special tokens does not switch these off.
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])

@@ -74,8 +74,9 @@ def build(folder: Path, *overrides: str) -> tuple[Assembly, dict]:
     tokenizer = save_tokenizer(folder / "tokenizer")
     bare = assemble(tiny_config(tokenizer, "model.llm.tie_embeddings=False", *overrides))
     params, c = random_params(bare, seed=3), bare.system.llm_config
-    for name in "qk":  # Else attention is all or nothing, and roundings grow a thousandfold.
-        for leaf in params["llm"]["layers"]["attn"][name].values():
+    for path, leaf in flatten(params["llm"]).items():
+        # Else attention is all or nothing and adapters outweigh their kernels: roundings would grow a thousandfold.
+        if path.startswith(("layers/attn/q", "layers/attn/k")) or path.endswith("lora_b"):
             leaf *= 0.3
     save_siglip(folder / "vision", bare.system.vision_config, params["vision"])
     save_beats(folder / "audio", bare.system.audio_config, params["audio"])
@@ -304,9 +305,9 @@ QUESTIONS = (
 def test_answers_of_the_demo(tmp_path, capsys):
     """The demo's backbones with a random connector and adapter, merged: logits and greedy answers."""
     assembly = demo_assembly()
-    flat = flatten(learnt_of(assembly, seed=11))
+    flat = flatten(learnt_of(assembly, seed=3))
     # Adapters as large as the kernels themselves would make the language model amplify every rounding.
-    learnt = unflatten({path: leaf * 0.7 if path.endswith("lora_b") else leaf for path, leaf in flat.items()})
+    learnt = unflatten({path: leaf * 0.5 if path.endswith("lora_b") else leaf for path, leaf in flat.items()})
     model = modeling.SaveNVideo.from_pretrained(
         export_model(assembly.config, learnt, tmp_path / "exported", metadata=METADATA)
     )

@@ -54,7 +54,7 @@ slow: $(STAMP)  ## the tests that take minutes each
 	@$(PYTEST) -m "slow and not parity" $(ARGS)
 
 parity: $(PARITY)/.installed  ## tests against PyTorch peers, in an environment of their own (torch is large)
-	@$(TEST_ENVIRONMENT) $(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m parity $(ARGS)
+	@$(TEST_ENVIRONMENT) $(PARITY)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "parity and not slow" $(ARGS)
 
 # speechbrain asks for torchaudio, of which no release fits this torch: with it there, transformers fails on import.
 $(PARITY)/.installed: $(DEPENDENCIES)

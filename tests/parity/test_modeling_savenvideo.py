@@ -117,7 +117,10 @@ def make_batch(assembly: Assembly) -> dict[str, np.ndarray]:
             media.windows[1] = (start, start + len(samples) / SAMPLE_RATE, samples)
         sample = {"id": f"s{seed}", "conversations": [{"from": "human", "value": question}]}
         rows.append(builder.build(padded(media, builder.spec), sample).arrays)
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    batch["audio"][batch["audio"] == 0] = 0.7  # What pads must not matter.
+    batch["frames"][~batch["frame_mask"]] = 255
+    return batch
 
 
 def to_torch(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,9 +113,11 @@ class Assembly:
         mesh = make_mesh(**self.config.mesh) if mesh is None else mesh
         abstract = self.abstract_params()
         expected, shardings = flatten(abstract), flatten(param_shardings(abstract, mesh))
-        known, reports = load_backbones(self.config)
+        stored, reports = self.backbones
+        known: dict[str, Any] = dict(stored)
         flat = flatten(learnt or {})
-        updates = retired_updates(flat)
+        # A learnt kernel was trained with everything retired already in it.
+        updates = {path: pairs for path, pairs in retired_updates(flat).items() if path not in flat}
         for path, value in flat.items():
             if path.startswith(f"{MERGED}/"):
                 continue
@@ -124,48 +127,62 @@ class Assembly:
                     f"checkpoint holds {path} {list(value.shape)}; this configuration wants {wanted}"
                 )
             known[path] = value
-        self._check_updates(updates, expected)
+        check_updates(updates, expected)
         missing = {path: shardings[path] for path in expected if path not in known}
 
         def dtype_of(path: str) -> str:
             floating = jnp.issubdtype(expected[path].dtype, jnp.floating)
             return "float32" if path in fp32 or not floating else self.config.frozen_dtype
 
+        def drawn_dtype(path: str) -> str:
+            return "float32" if path in updates else dtype_of(path)  # Converted when the adapters are in.
+
         @functools.partial(jax.jit, out_shardings=missing)
         def draw() -> dict[str, jax.Array]:
             # Only what is asked for leaves the program, so XLA never draws the backbones.
             drawn = flatten(init_params(self.system, self._zeros(), self.config.seed))
-            return {path: drawn[path].astype(dtype_of(path)) for path in missing}
+            return {path: drawn[path].astype(drawn_dtype(path)) for path in missing}
 
         fresh = draw() if missing else {}
         placed: dict[str, jax.Array] = {}
         for path in expected:
-            if path in fresh:
-                placed[path] = fresh[path]
-            elif path in updates:  # In the stored precision until the adapters are in.
-                scale = self.config.model.llm.lora.alpha / self.config.model.llm.lora.rank
-                pairs = [
+            if path in updates:  # In the stored precision until the adapters are in.
+                pairs = tuple(
                     tuple(place(half, replicated(mesh), "float32") for half in pair) for pair in updates[path]
-                ]
-                kernel = place(known[path], shardings[path])
-                placed[path] = merge_stacked(kernel, tuple(pairs), scale=scale, dtype=dtype_of(path))
+                )
+                kernel = fresh[path] if path in fresh else place(known[path], shardings[path])
+                placed[path] = merge_stacked(kernel, pairs, scale=1.0, dtype=dtype_of(path))
+            elif path in fresh:
+                placed[path] = fresh[path]
             else:
                 placed[path] = place(known[path], shardings[path], dtype_of(path))
         return unflatten(placed), reports
 
-    def _check_updates(self, updates: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-        if updates and not self.config.model.llm.lora.rank:
-            raise ValueError(
-                "checkpoint holds merged adapters; model.llm.lora.rank 0 does not say how to scale them"
-            )
-        for path, pairs in updates.items():
-            shape = tuple(expected[path].shape) if path in expected else None
-            for a, b in pairs:
-                found = (*a.shape[:-1], b.shape[-1])
-                if found != shape:
-                    raise ValueError(
-                        f"checkpoint holds an adapter {list(found)} for {path}, which is {shape}"
-                    )
+    @functools.cached_property
+    def backbones(self) -> tuple[dict[str, StoredLeaf], dict[str, LoadReport]]:
+        """`load_backbones` of the configuration; opened and hashed once."""
+        return load_backbones(self.config)
+
+    @functools.cached_property
+    def weights(self) -> dict[str, str]:
+        """sha256 of what this configuration begins with, by part: the backbones of config.init, and the tokenizer."""
+        hashes = {part: report.sha256 for part, report in self.backbones[1].items()}
+        tokenizer = (Path(self.config.text.tokenizer) / "tokenizer.json").read_bytes()
+        return hashes | {"tokenizer": hashlib.sha256(tokenizer).hexdigest()}
+
+
+def check_updates(updates: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raises ValueError if a retired adapter has no kernel among the parameters, or one of another shape."""
+    for path, pairs in updates.items():
+        shape = tuple(expected[path].shape) if path in expected else None
+        for a, b in pairs:
+            found = (*a.shape[:-1], b.shape[-1])
+            if found != shape or a.shape[-1] != b.shape[-2]:
+                wanted = f"{list(shape)}" if shape else "no such parameter"
+                raise ValueError(
+                    f"checkpoint holds an adapter {list(a.shape)} x {list(b.shape)} for {path}; this configuration "
+                    f"wants {wanted}"
+                )
 
 
 def assemble(config: ConfigDict) -> Assembly:
@@ -194,11 +211,12 @@ def load_backbones(config: ConfigDict) -> tuple[dict[str, StoredLeaf], dict[str,
             continue
         if not Path(folder).is_dir():
             raise ConfigError(
-                f"config.init.{part} names the folder {folder!r}, which does not exist; `avlm import-weights` makes it"
+                f"config.init.{part} names the folder {folder!r}, and there is no {Path(folder).absolute()}; "
+                f"`avlm import-weights` makes such folders, --config.init.{part}=DIR names another"
             )
         sizes, plan = open_backbone(part, folder, config.model[part].get("feature_layer"))
         check_sizes(config, part, folder, sizes)
-        reports[part] = plan.report()
+        reports[part] = plan.report(label=f"{part}: hashing")
         known |= {f"{part}/{path}": leaf for path, leaf in plan.leaves.items()}
     return known, reports
 
@@ -253,25 +271,24 @@ def check_sizes(config: ConfigDict, part: str, folder: str | Path, sizes: Mappin
         )
 
 
-def check_weights(
-    made_with: Mapping[str, str] | None, reports: Mapping[str, LoadReport], where: str | Path
-) -> None:
-    """Raises ConfigError if what lies in `where` was trained on other backbones than config.init names now.
+def check_weights(made_with: Mapping[str, str] | None, now: Mapping[str, str], where: str | Path) -> None:
+    """Raises ConfigError if what lies in `where` was trained on other weights or another tokenizer.
 
     Args:
-        made_with: sha256 by backbone, from the metadata; None where an older version wrote none.
-        reports: of the backbones that were loaded.
+        made_with: sha256 by part, from the metadata; None where an older version wrote none.
+        now: `Assembly.weights` of the configuration.
         where: checkpoint or run, for the message.
     """
-    changed = sorted(
-        part for part in reports if made_with is not None and made_with.get(part) != reports[part].sha256
-    )
+    if made_with is None:
+        return
+    changed = sorted(part for part in made_with.keys() | now.keys() if made_with.get(part) != now.get(part))
     if changed:
         told = "; ".join(
-            f"{part}: sha256 {(made_with or {}).get(part, 'none')} there, {reports[part].sha256} now"
+            f"{part}: sha256 {made_with.get(part, 'none')} there, {now.get(part, 'none')} now"
             for part in changed
         )
+        keys = {part: "text.tokenizer" if part == "tokenizer" else f"init.{part}" for part in changed}
         raise ConfigError(
-            f"{where} was trained on other weights of {', '.join(changed)} than config.init names now ({told}); let "
-            f"{', '.join(f'--config.init.{part}=DIR' for part in changed)} name the same weights, or train again"
+            f"{where} was trained on other weights of {', '.join(changed)} than the configuration names now ({told}); "
+            f"let {', '.join(f'--config.{key}=DIR' for key in keys.values())} name the same ones, or train again"
         )

@@ -59,7 +59,8 @@ QUIET = {
 }
 
 # What a user can mend: the message names the file. Other OSErrors are defects and keep their traceback.
-MENDABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+MENDABLE = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+MENDABLE_NUMBERS = (errno.EROFS, errno.EBUSY, errno.EDQUOT)  # Read-only file system, mount point, quota.
 
 
 def overview() -> str:
@@ -178,6 +179,8 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MENDABLE) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in MENDABLE_NUMBERS:
+        return f"{error.filename or 'the disk'}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"no space left on the disk{f' while writing {error.filename}' if error.filename else ''}"
     return None

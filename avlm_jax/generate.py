@@ -271,12 +271,12 @@ def load_model(
         learnt, _, metadata = load_tree(folder)
     except (CheckpointError, FileNotFoundError) as error:
         raise UserError(f"{error}; copy the checkpoint again") from error
+    check_weights(metadata.get("weights"), assembly.weights, folder)
     try:
-        # In the types they had in training: what was learnt in fp32, the rest in frozen_dtype.
-        params, reports = assembly.parameters(learnt, fp32=flatten(learnt))
+        # All that was learnt in fp32, as it is stored, the backbones in frozen_dtype, as in training.
+        params, _ = assembly.parameters(learnt, fp32=flatten(learnt))
     except UserError:
         raise
     except ValueError as error:
         raise UserError(f"{folder} does not fit the configuration: {error}") from error
-    check_weights(metadata.get("weights"), reports, folder)
     return Model(assembly, params, metadata)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
@@ -122,23 +123,33 @@ def is_lora(path: str) -> bool:
     return path.rpartition("/")[2] in ("lora_a", "lora_b")
 
 
-def retire(learnt: Mapping[str, Any]) -> dict[str, Any]:
+def retire(learnt: Mapping[str, Any], scale: float) -> dict[str, Any]:
     """What a stage has learnt, for a stage that begins with a fresh adapter: adapters move to merged/<n>/.
 
-    The base stays as released and the file stays small: whoever loads the checkpoint adds merged/0, merged/1, ...
-    to the base (`retired_updates`), to the bit what training did.
+    The base stays as released and the file stays small: whoever loads the checkpoint adds merged/0, merged/1, ... to
+    the base (`retired_updates`).
+
+    Args:
+        learnt: nested tree of a stage checkpoint. A kernel in it holds all that was retired before it was learnt.
+        scale: alpha / rank that the adapters were trained with; it goes into lora_b, so that no later stage's own rank
+            and alpha can change what they mean.
     """
     flat = flatten_dict(dict(learnt), sep="/")
     number = 1 + max((int(path.split("/")[1]) for path in flat if path.startswith(f"{MERGED}/")), default=-1)
-    moved = {
-        f"{MERGED}/{number}/{path}" if is_lora(path) and not path.startswith(f"{MERGED}/") else path: leaf
-        for path, leaf in flat.items()
-    }
+    moved = {path: leaf for path, leaf in flat.items() if not is_lora(path) or path.startswith(f"{MERGED}/")}
+    for path in flat.keys() - moved.keys():
+        layer = path.rpartition("/")[0]
+        if f"{layer}/kernel" in flat:  # Learnt itself, so it is stored with its adapter in.
+            pair = (flat[f"{layer}/lora_a"], flat[f"{layer}/lora_b"])
+            moved[f"{layer}/kernel"] = merge_kernel(flat[f"{layer}/kernel"], [pair], scale)
+        else:
+            scaled = flat[path] * np.float32(scale) if path.endswith("/lora_b") else flat[path]
+            moved[f"{MERGED}/{number}/{path}"] = scaled
     return unflatten_dict(moved, sep="/")
 
 
 def retired_updates(flat: Mapping[str, Any]) -> dict[str, list[tuple[Any, Any]]]:
-    """Kernel path -> (A, B) of every retired adapter in a flat tree, oldest first.
+    """Kernel path -> (A, scaled B) of every retired adapter in a flat tree, oldest first; to be merged with scale 1.
 
     Raises:
         ValueError: half of an adapter is missing.

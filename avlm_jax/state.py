@@ -112,17 +112,6 @@ def merge(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Tree:
     return unflatten(flat_trainable | flat_frozen)
 
 
-def cast_frozen(frozen: Mapping[str, Any], dtype: jnp.dtype | str) -> Tree:
-    """`frozen` with its floating-point leaves in `dtype`; integers (quantised weights) stay as they are."""
-    dtype = jnp.dtype(dtype)
-    return unflatten(
-        {
-            path: jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-            for path, leaf in flatten(frozen).items()
-        }
-    )
-
-
 @flax.struct.dataclass
 class TrainState:
     """What a training step reads and replaces, and all that a checkpoint holds of the model.

@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
     for name in config.stages:
         finals[name] = workdir / name / "final"
         if finals[name].exists():
-            check_finished(config, name, finals[name])
+            check_finished(assembly, name, finals[name])
             print(f"stage {name}: finished before, {finals[name]}", flush=True)
         else:
             run_stage(assembly, name, workdir)
@@ -121,9 +121,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
-    parent_hash, learnt = load_parent(stage, workdir)
-    if stage.fresh_lora and learnt is not None:
-        learnt = retire(learnt)
+    parent_hash, learnt = load_parent(assembly, stage, workdir)
     mesh = make_mesh(**config.mesh)
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
@@ -153,8 +151,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         **config.loader,
     )
     total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
-    weights = {part: report.sha256 for part, report in reports.items()}
-    metadata = {"stage": name, "parent": parent_hash, "weights": weights, "versions": versions()}
+    metadata = {
+        "stage": name,
+        "parent": parent_hash,
+        "weights": assembly.weights,
+        "versions": versions(),
+    }
     made_with = json.loads(config_to_json(config))
     with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
         start = 0
@@ -162,7 +164,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             state, data_state, saved = found
             check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
             check_parent(saved["parent"], parent_hash, stage, workdir / name)
-            check_weights(saved.get("weights"), reports, workdir / name)
+            check_weights(saved.get("weights"), assembly.weights, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
@@ -269,8 +271,14 @@ def make_step(system: System, optim: OptimConfig, chunk: int) -> Step:
     return jax.jit(step, donate_argnums=0)
 
 
-def load_parent(stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | None]:
-    """(hash, tree) of what the parent stage published; (None, None) for a first stage."""
+def load_parent(assembly: Assembly, stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | None]:
+    """(hash, tree) of what the parent stage published, with its adapter retired if the stage wants a fresh one.
+
+    (None, None) for a first stage.
+
+    Raises:
+        ConfigError: the parent is not finished, or was trained on other weights or another model.
+    """
     if not stage.parent:
         return None, None
     folder = workdir / stage.parent / "final"
@@ -279,14 +287,45 @@ def load_parent(stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | N
             f"this stage begins from stage {stage.parent}, which has no result in {folder}; "
             f"run it first with the argument stage={stage.parent}, or all stages by leaving stage out"
         )
-    tree, _, metadata = load_tree(folder)
+    tree, made_by, metadata = load_tree(folder)
+    check_weights(metadata.get("weights"), assembly.weights, folder)
+    check_same_model(assembly.config, made_by, folder, but=("llm.lora",) if stage.fresh_lora else ())
+    if stage.fresh_lora:
+        lora = made_by["model"]["llm"]["lora"]  # Its own: this stage may choose another rank and alpha.
+        tree = retire(tree, lora["alpha"] / lora["rank"]) if lora["rank"] else tree
     return metadata["hash"], tree
 
 
-def check_finished(config: ConfigDict, name: str, final: Path) -> None:
-    """Raises ConfigError if `final` was made by another configuration, or from another result of its parent stage."""
+def check_same_model(
+    config: ConfigDict, made_by: Mapping[str, Any], where: Path, but: tuple[str, ...] = ()
+) -> None:
+    """Raises ConfigError if parameters in `where` would mean something else under `config`.
+
+    Keys below `but` may differ, and those that change how a model is computed but not what it is.
+    """
+    free = ("dtype", "remat", "backend", "attention_backend", "dropout")
+    ours, theirs = (flatten_json(c["model"]) for c in (json.loads(config_to_json(config)), made_by))
+    keys = sorted(
+        key
+        for key in ours.keys() | theirs.keys()
+        if ours.get(key) != theirs.get(key)
+        and key.rpartition(".")[2] not in free
+        and not key.startswith(tuple(f"{prefix}." for prefix in but))
+    )
+    if keys:
+        told = "; ".join(f"model.{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
+        raise ConfigError(
+            f"{where} was trained as another model ({told}); use its configuration, or train it again"
+        )
+
+
+def check_finished(assembly: Assembly, name: str, final: Path) -> None:
+    """Raises ConfigError if `final` was made by another configuration, on other weights, or from another result of its
+    parent stage."""
+    config = assembly.config
     _, made_by, metadata = load_tree(final)
     check_same_config(config, name, made_by, final)
+    check_weights(metadata.get("weights"), assembly.weights, final)
     parent = config.stage[name].parent
     beginning = final.parents[1] / parent / "final"
     if parent and beginning.exists():
@@ -313,12 +352,14 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
     while ancestor and ancestor not in lineage:
         lineage.add(ancestor)
         ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
-    # Which stages a command runs and how often it logs do not change what a stage is.
-    free = ("stages", "log_every", "save_every", "loader")
+    # Which stages a command runs and how often it logs do not change what a stage is; where its weights and its
+    # tokenizer lie does not either, what they are is compared by hash (`check_weights`).
+    free = ("stages", "log_every", "save_every", "loader", "init", "text.tokenizer")
 
     def counts(key: str) -> bool:
         first, _, rest = key.partition(".")
-        return first not in free and (first != "stage" or rest.partition(".")[0] in lineage)
+        named = any(key == name or key.startswith(f"{name}.") for name in free)
+        return not named and (first != "stage" or rest.partition(".")[0] in lineage)
 
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and counts(k))
     if keys:

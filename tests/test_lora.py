@@ -106,20 +106,33 @@ def test_adapters_of_a_lineage_apply_in_order(params: dict) -> None:
         }
 
     first, second, third = adapter(), adapter(), adapter()
-    learnt = retire(unflatten({"connector/bias": np.ones(2, np.float32), **first}))
+    scale = LORA.alpha / LORA.rank
+    learnt = retire(unflatten({"connector/bias": np.ones(2, np.float32), **first}), scale)
     assert flatten(learnt).keys() == {"connector/bias"} | {f"merged/0/{path}" for path in first}
-    learnt = retire(unflatten(flatten(learnt) | second))
+    learnt = retire(unflatten(flatten(learnt) | second), 0.5)  # Trained at another rank and alpha.
     flat = flatten(unflatten(flatten(learnt) | third))
     assert {path.split("/")[1] for path in flat if path.startswith("merged/")} == {"0", "1"}
     updates = retired_updates(flat)
     path = "llm/layers/mlp/up/kernel"
-    np.testing.assert_array_equal(updates[path][0][0], first["llm/layers/mlp/up/lora_a"])
-    np.testing.assert_array_equal(updates[path][1][1], second["llm/layers/mlp/up/lora_b"])
     kernel = params["layers"]["mlp"]["up"]["kernel"]
-    at_once = merge_kernel(kernel, updates[path], LORA.alpha / LORA.rank)
-    step = merge_kernel(kernel, updates[path][:1], LORA.alpha / LORA.rank)
-    step = merge_kernel(step, updates[path][1:], LORA.alpha / LORA.rank)
+    step = kernel
+    for adapter_of, its_scale in ((first, scale), (second, 0.5)):
+        pair = (adapter_of["llm/layers/mlp/up/lora_a"], adapter_of["llm/layers/mlp/up/lora_b"])
+        step = merge_kernel(step, [pair], its_scale)
+    at_once = merge_kernel(kernel, updates[path], 1.0)
     np.testing.assert_allclose(at_once, step, rtol=1e-5, atol=1e-6)
+
+
+def test_a_learnt_kernel_takes_its_adapter_in_when_that_retires() -> None:
+    rng = np.random.default_rng(0)
+    kernel, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((4, 3), (4, 2), (2, 3)))
+    learnt = retire(
+        unflatten({"q/kernel": kernel, "q/lora_a": a, "q/lora_b": b, "k/lora_a": a, "k/lora_b": b}), 3.0
+    )
+    flat = flatten(learnt)
+    assert flat.keys() == {"q/kernel", "merged/0/k/lora_a", "merged/0/k/lora_b"}
+    np.testing.assert_array_equal(flat["q/kernel"], merge_kernel(kernel, [(a, b)], 3.0))
+    np.testing.assert_array_equal(flat["merged/0/k/lora_b"], b * np.float32(3))
 
 
 def test_half_an_adapter_is_refused(params: dict) -> None:

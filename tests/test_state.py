@@ -83,12 +83,6 @@ def test_no_gradient_and_no_optimizer_leaf_for_a_frozen_path() -> None:
     assert {path.split("/")[-1] for path in paths} == names | {"count"}
 
 
-def test_cast_frozen_leaves_integers_alone() -> None:
-    cast = state.flatten(state.cast_frozen(params(), jnp.bfloat16))
-    assert cast["vision/table"].dtype == jnp.int8
-    assert cast["llm/layers/q/kernel"].dtype == jnp.bfloat16
-
-
 def test_step_key_follows_the_step_alone() -> None:
     optimizer = optim.make_optimizer(optim.OptimConfig())
     first = state.TrainState.create({"a": jnp.ones(1)}, optimizer, seed=7)

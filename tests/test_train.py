@@ -21,9 +21,9 @@ from avlm_jax import cli, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
 from avlm_jax.checkpoint import TREE_FILE, load_tree
-from avlm_jax.config import ConfigError, config_from_json
+from avlm_jax.config import ConfigError, config_from_json, load_config, to_dataclass
 from avlm_jax.generate import load_model
-from avlm_jax.lora import is_lora, merge_kernel, retired_updates
+from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
@@ -92,6 +92,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(place / "undisturbed", tokenizer, (*SIZES, *folders, *CHAIN, *sources))
     assert cli.main(run.command(run.workdir)) == 0
     return run
+
+
+def override_of(run: Run, key: str) -> Path:
+    return Path(dict(override.split("=", 1) for override in run.overrides)[key])
+
+
+def config_arguments(command: list[str]) -> tuple[str, list[str]]:
+    """What `load_config` takes, out of a command line."""
+    return command[command.index("--config") + 1], [word for word in command if word.startswith("--config.")]
 
 
 @pytest.fixture
@@ -178,7 +187,7 @@ def test_a_stage_begins_from_its_parents_result(
 
 def test_a_stage_can_merge_the_adapter_and_begin_with_a_fresh_one(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.workdir / "2b", tmp_path / "2b")
-    source = dict(override.split("=", 1) for override in run.overrides)["stage.2b.sources.0.records"]
+    source = override_of(run, "stage.2b.sources.0.records")
     sources = [f"stage.2a.sources.{n}.{key}" for n in range(3) for key in (f"records={source}", "tasks=()")]
     settings = ("stages=2a", "stage.2a.parent=2b", "stage.2a.steps=2", "stage.2a.batch_size=2")
     command = run.command(tmp_path, *settings, "stage.2a.fresh_lora=True", "stage.2a.max_length=0", *sources)
@@ -190,30 +199,85 @@ def test_a_stage_can_merge_the_adapter_and_begin_with_a_fresh_one(run: Run, tmp_
     assert adapters and {path for path in new if path.startswith("merged/")} == {
         f"merged/0/{p}" for p in adapters
     }
-    for path in adapters:
-        np.testing.assert_array_equal(new[f"merged/0/{path}"], old[path])
-        assert np.any(new[path] != old[path])
     assembly = assemble(config_from_json(json.dumps(config)))
-    base, released = flatten(assembly.parameters(after)[0]), flatten(assembly.parameters()[0])
     lora = assembly.config.model.llm.lora
+    for path in adapters:
+        scale = np.float32(lora.alpha / lora.rank if path.endswith("lora_b") else 1)
+        np.testing.assert_array_equal(new[f"merged/0/{path}"], old[path] * scale)
+        assert np.any(new[path] != old[path])
+    base, released = flatten(assembly.parameters(after)[0]), flatten(assembly.parameters()[0])
     for path, pairs in retired_updates(new).items():
-        expected = merge_kernel(np.asarray(released[path]), pairs, lora.alpha / lora.rank)
+        expected = merge_kernel(np.asarray(released[path]), pairs, 1.0)
         np.testing.assert_allclose(base[path], expected, rtol=1e-6, err_msg=path)
         assert np.any(np.asarray(released[path]) != expected)
 
 
-def test_what_was_trained_on_other_backbones_is_refused(run: Run, tmp_path: Path) -> None:
-    llm = Path(dict(override.split("=", 1) for override in run.overrides)["init.llm"])
-    hf, params, report = load_qwen2(llm)
-    metadata = json.loads((run.workdir / "2b" / "final" / "metadata.json").read_text())
-    assert metadata["weights"] == {"llm": report.sha256}
-    load_model(run.workdir / "2b" / "final")
+def test_a_fresh_adapter_may_have_another_rank_and_alpha(run: Run, tmp_path: Path) -> None:
+    shutil.copytree(run.workdir / "2b", tmp_path / "2b")
+    settings = ("stages=2a", "stage.2a.parent=2b", "stage.2a.fresh_lora=True")
+    changed = ("model.llm.lora.rank=4", "model.llm.lora.alpha=1000.0")
+    config = load_config(*config_arguments(run.command(tmp_path, *settings, *changed)))
+    assembly = assemble(config)
+    stage = to_dataclass(train.StageConfig, config.stage["2a"], "stage.2a")
+    _, learnt = train.load_parent(assembly, stage, tmp_path)
+    before, made_by, _ = load_tree(tmp_path / "2b" / "final")
+    old, lora = flatten(before), made_by["model"]["llm"]["lora"]
+    kernels, released = flatten(assembly.parameters(learnt)[0]), flatten(assembly.parameters()[0])
+    layer = "llm/layers/mlp/down"
+    update = [(old[f"{layer}/lora_a"], old[f"{layer}/lora_b"])]
+    expected = merge_kernel(np.asarray(released[f"{layer}/kernel"]), update, lora["alpha"] / lora["rank"])
+    np.testing.assert_allclose(kernels[f"{layer}/kernel"], expected, rtol=1e-5, atol=1e-6)
+    assert kernels[f"{layer}/lora_a"].shape[-1] == 4
+    with pytest.raises(ConfigError, match="model.llm.lora.alpha: .* 1000.0 now"):
+        train.load_parent(assembly, dataclasses.replace(stage, fresh_lora=False), tmp_path)
+
+
+def test_retired_adapters_also_join_a_base_that_no_file_holds(run: Run) -> None:
+    learnt = load_tree(run.workdir / "2b" / "final")[0]
+    config = load_config(*config_arguments(run.command(run.workdir, "init.llm=")))
+    assembly = assemble(config)
+    path = "llm/layers/attn/q/kernel"
+    drawn = flatten(assembly.parameters()[0])[path]
+    retired = retire(learnt, 2.0)
+    expected = merge_kernel(np.asarray(drawn), retired_updates(flatten(retired))[path], 1.0)
+    assert np.abs(expected - drawn).max() > 1e-3
+    np.testing.assert_allclose(flatten(assembly.parameters(retired)[0])[path], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def other_llm(run: Run, tmp_path: Path) -> str:
+    """A folder with a language model of the same sizes and other weights."""
+    hf, params, _ = load_qwen2(override_of(run, "init.llm"))
     params["norm"]["scale"][0] += 1
     save_qwen2(tmp_path / "llm", hf, params)
-    other = f"--config.init.llm={tmp_path / 'llm'}"
+    return f"init.llm={tmp_path / 'llm'}"
+
+
+def test_what_was_trained_on_other_weights_is_refused(run: Run, other_llm: str, tmp_path: Path) -> None:
+    final = run.workdir / "2b" / "final"
+    report = load_qwen2(override_of(run, "init.llm"))[2]
+    weights = json.loads((final / "metadata.json").read_text())["weights"]
+    assert weights.keys() == {"llm", "tokenizer"} and weights["llm"] == report.sha256
+    load_model(final)
     with pytest.raises(ConfigError, match=f"other weights of llm .*{report.sha256} there"):
-        load_model(run.workdir / "2b" / "final", overrides=[other])
-    check_weights(None, {"llm": report}, tmp_path)  # Of an older version: nothing is known.
+        load_model(final, overrides=[other_llm])
+    with pytest.raises(ConfigError, match="other weights of llm .*none now"):
+        load_model(final, overrides=["init.llm="])
+    tokenizer = shutil.copytree(run.tokenizer, tmp_path / "tokenizer") / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    with pytest.raises(ConfigError, match="other weights of tokenizer"):
+        load_model(final, overrides=[f"text.tokenizer={tokenizer.parent}"])
+    check_weights(None, weights, final)  # Of an older version: nothing is known.
+
+
+def test_no_stage_begins_or_is_skipped_on_other_weights(
+    run: Run, other_llm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workdir = run.workdir_with_first_stage(tmp_path / "run")
+    for stages in ("stages=2b", "stages=1a"):
+        assert cli.main(run.command(workdir, stages, other_llm)) == 2
+        assert "1a/final was trained on other weights of llm" in capsys.readouterr().err
+    assert not (workdir / "2b").exists()
 
 
 def test_finished_stages_are_left_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +306,8 @@ def test_a_stage_without_its_parent_names_the_command(
     error = capsys.readouterr().err
     assert "begins from stage 1a" in error and "stage=1a" in error and str(tmp_path) in error
     with pytest.raises(ConfigError, match="no result"):
-        train.load_parent(train.StageConfig((), (), 1, parent="1b"), tmp_path)
+        assembly = assemble(load_config(*config_arguments(run.command(tmp_path))))
+        train.load_parent(assembly, train.StageConfig((), (), 1, parent="1b"), tmp_path)
 
 
 def test_parameters_that_do_not_fit_are_told_by_their_path(
@@ -254,7 +319,7 @@ def test_parameters_that_do_not_fit_are_told_by_their_path(
     assert "stage 2b: trainable pattern" in error and "nearest paths: connector/audio_mlp" in error
     assert cli.main(run.command(workdir, "stages=2b", "model.avts.d_model=16")) == 2
     error = capsys.readouterr().err
-    assert "checkpoint holds connector/" in error and "this configuration wants shape" in error
+    assert "model.avts.d_model: 32 there, 16 now" in error
 
 
 def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
@@ -305,8 +370,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
 KILLED = """
 import os, signal, sys
 from avlm_jax import cli, train
-from avlm_jax.assembly import assemble, check_weights
-from avlm_jax.backbones.make import hf_config
 put_batch, asked = train.put_batch, iter(range(1, 1000))
 def put(batch, mesh):
     if next(asked) == {step}:

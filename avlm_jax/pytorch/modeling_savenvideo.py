@@ -23,6 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Embedding, LayerNorm, Linear, Module, ModuleDict, ModuleList, Parameter
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+from transformers import __version__ as transformers_version
+
+if int(transformers_version.split(".")[0]) < 5:  # Other tensor names, other position ids in generate.
+    raise ImportError(
+        f"modeling_savenvideo.py needs transformers 5.0 or newer; this is {transformers_version}"
+    )
 
 RATE, FRAME, SHIFT = 16_000, 400, 160  # Hz; a filterbank frame and the way to the next, in samples (Kaldi)
 
@@ -43,7 +49,9 @@ _SPAN = re.compile(
     rf"|{_AMOUNT}\s*(?:-\s*)?(?:long|clip|video|audio|recording|later|earlier|apart)\b|({_TIME})",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile("<video>|<image>|<audio>")  # All mean the same: the media tokens go here.
+_PLACEHOLDER = re.compile(
+    "<video>|<image>|<audio>"
+)  # Of data sets; in a question that is asked they are text.
 _OPTION = re.compile(r"^\s*(?:option\s+)?\(?(?:[A-H]|[1-9])[).:](?:\s|$)|^\s*option\s+\w+\b", re.IGNORECASE)
 _OPTIONS = re.compile(r"(?<!\w)(?:\(A\)|A[).:])\s.*?(?<!\w)(?:\(B\)|B[).:])\s.*", re.DOTALL)
 
@@ -311,7 +319,7 @@ class SaveNVideo(Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, dtype=torch.float32, device="cpu") -> SaveNVideo:
         """Reads an exported folder, running no code of it. Errors name each tensor missing, unexpected or mis-shaped."""
-        folder = Path(folder)
+        folder, dtype = Path(folder), getattr(torch, dtype) if isinstance(dtype, str) else dtype
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = config.get("model_type"), config.get("format_version"), config.get("text", {}).get("template")
         if kind != ("savenvideo", 1, "chatml"):
@@ -414,6 +422,8 @@ class SaveNVideo(Module):
     def generate(self, question: str, *, max_new_tokens: int = 128, **options) -> str:
         """The answer to one question. Options: `prepare`'s, others go to transformers' generate (default: greedy)."""
         media = ("frames", "frame_times", "waveform", "duration", "intervals")
+        if options.get("num_return_sequences", 1) != 1:
+            raise ValueError("num_return_sequences: a question gets one answer")
         batch = self.prepare(question, **{key: options.pop(key) for key in media if key in options})
         x, segments = self.spliced(batch)
         options |= {"attention_mask": (segments > 0).long(), "position_ids": batch["positions"]}
@@ -425,13 +435,11 @@ class SaveNVideo(Module):
 
     def prompt(self, question: str) -> list[int]:
         """ChatML up to where the answer begins. What a user wrote never becomes a control token."""
-        before, *after = _PLACEHOLDER.split(question)
-        if len(after) > 1 or not (before + "".join(after)).strip():
-            raise ValueError(f"a question needs words, and one <video> at most: {question!r}")
-        before, after = (before, after[0]) if after else ("", "\n" + question)
+        if not question.strip():
+            raise ValueError("the question is empty")
         added, media = self.tokenizer.get_added_vocab(), self.config["media_token_id"]
         start, end, system = added["<|im_start|>"], added["<|im_end|>"], self.config["text"]["system"]
-        user = [f"user\n{before}", *[media] * self.config["num_media_tokens"], after]
+        user = ["user\n", *[media] * self.config["num_media_tokens"], f"\n{question}"]
         pieces, ids, plain = [], [], {"add_special_tokens": False, "split_special_tokens": True}
         for text, *rest in ([[f"system\n{system}"]] if system else []) + [user]:
             cut = re.match(r"\w+\s*[\r\n]", text).end()  # A text's first newlines go with the role's.
@@ -458,16 +466,33 @@ class SaveNVideo(Module):
         from PIL import Image
 
         c, hop, side = self.media, SHIFT * self.media.window_frames, (self.media.image_size,) * 2
-        sound, space = np.asarray([] if waveform is None else waveform), hop + FRAME - SHIFT
-        if sound.ndim != 1 or not (np.abs(sound) <= 2).all():
-            raise ValueError("waveform must be [samples], 16 kHz mono in [-1, 1]")
-        frames = () if frames is None else frames
+        sound, space = np.asarray(np.zeros(0) if waveform is None else waveform), hop + FRAME - SHIFT
+        if sound.ndim != 1 or sound.dtype.kind != "f" or not (np.abs(sound) <= 2).all():
+            raise ValueError(
+                f"waveform is {sound.dtype} {[*sound.shape]}, wanted: 16 kHz mono, float [samples] in [-1, 1]; average "
+                "channels, divide int16 by 32768, resample other rates"
+            )
+        frames = [frames] if isinstance(frames, Image.Image) else () if frames is None else frames
         times = [0.0] * (len(frames) == 1) if frame_times is None else [float(x) for x in frame_times]
+        if len(frames) != len(times):
+            raise ValueError(
+                f"{len(frames)} frames and {len(times)} frame_times: every frame needs its second"
+            )
         duration = float(np.float32(max([len(sound) / RATE, *times]) if duration is None else duration))
+        if not 0 <= duration < float("inf") or not all(
+            a <= b for a, b in zip([0, *times], [*times, duration], strict=True)
+        ):
+            raise ValueError(f"frame_times {times} must grow from 0 to at most the duration, {duration} s")
         images = []
         for x in frames:
-            x = (x if isinstance(x, Image.Image) else Image.fromarray(np.asarray(x))).convert("RGBA")
-            x = Image.alpha_composite(Image.new("RGBA", x.size, "white"), x).convert("RGB")
+            if not isinstance(x, Image.Image):
+                x = np.asarray(x)
+                if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
+                    raise ValueError(
+                        f"a frame is {x.dtype} {[*x.shape]}, wanted: a PIL image or uint8 [rows columns 3]"
+                    )
+                x = Image.fromarray(x)
+            x = Image.alpha_composite(Image.new("RGBA", x.size, "white"), x.convert("RGBA")).convert("RGB")
             images.append(np.asarray(x.resize(side, Image.Resampling.BICUBIC)))
         starts, last = range(0, len(sound), hop), len(sound) - space  # Filterbank frames join without a seam.
         if len(starts) > c.max_windows:  # Too long: whole windows around the frames, or spread evenly.
@@ -475,9 +500,11 @@ class SaveNVideo(Module):
             centres = times if len(times) == c.max_windows else centres
             starts = sorted({min(max(round(x * RATE) - space // 2, 0), last) for x in centres})
         windows = {x: sound[x : x + space].clip(-1, 1) for x in starts if len(sound) - x >= FRAME}
-        if not images and not windows or len(images) != len(times):
-            raise ValueError("give frames=, each with one of frame_times=, or waveform= of at least 25 ms")
-        spans = times_named(question, duration) if intervals is None else intervals
+        if not images and not windows:
+            raise ValueError("there is nothing to see or hear: give frames=, or waveform= of at least 25 ms")
+        spans = times_named(question, duration) if intervals is None else [tuple(x) for x in intervals]
+        if not all(len(x) == 2 and np.isfinite(x).all() for x in spans):
+            raise ValueError(f"intervals are {spans}, wanted: [(start, end), ...] in seconds")
         spans = [sorted(min(max(float(x), 0.0), duration) for x in span) for span in spans]
         tokens = torch.tensor([self.prompt(question)])
         batch = {"tokens": tokens, "duration": torch.tensor([duration], dtype=torch.float32)}

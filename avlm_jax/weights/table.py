@@ -157,6 +157,7 @@ class Table:
 class ImportPlan:
     """Every check passed: leaves by path, copies (name -> name it must equal), ignored (reason -> names)."""
 
+    table: Table
     leaves: dict[str, StoredLeaf]
     copies: dict[str, str]
     ignored: dict[str, tuple[str, ...]]
@@ -166,10 +167,11 @@ class ImportPlan:
         """All parameters as a nested dict of numpy arrays in the stored dtype."""
         return unflatten({path: leaf.read() for path, leaf in self.leaves.items()})
 
-    def report(self) -> LoadReport:
-        """Counts and hashes the tensors used; reads them all, a piece at a time."""
-        used = {name for leaf in self.leaves.values() for name in leaf.names} | self.copies.keys()
-        return make_report(used, self.tensors, self.ignored)
+    def report(self, label: str = "") -> LoadReport:
+        """Counts and hashes the tensors used, under the table's names: one value for the same weights, however their
+        files name and share them. Reads every byte, a piece at a time; with a label it shows its progress."""
+        used = canonical_tensors(self.table, self)
+        return make_report(used, used, self.ignored, label)
 
 
 def _stand_in(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -219,7 +221,8 @@ def plan_import(table: Table, tensors: Mapping[str, Any], expected: Mapping[str,
             ignored.setdefault(reason, []).append(name)
     if problems:
         raise WeightError(table.name, problems)
-    return ImportPlan(leaves, copies, {reason: tuple(names) for reason, names in ignored.items()}, tensors)
+    left_out = {reason: tuple(names) for reason, names in ignored.items()}
+    return ImportPlan(table, leaves, copies, left_out, tensors)
 
 
 def open_params(table: Table, tensors: Mapping[str, Any], expected: Mapping[str, Any]) -> ImportPlan:

@@ -115,7 +115,7 @@ def make_batch(assembly: Assembly) -> dict[str, np.ndarray]:
             start, _, samples = media.windows[1]
             samples = samples[: len(samples) // 3]
             media.windows[1] = (start, start + len(samples) / SAMPLE_RATE, samples)
-        sample = {"id": f"s{seed}", "conversations": [{"from": "human", "value": question}]}
+        sample = {"id": f"s{seed}", "conversations": [{"from": "human", "value": question, "verbatim": True}]}
         rows.append(builder.build(padded(media, builder.spec), sample).arrays)
     batch = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     batch["audio"][batch["audio"] == 0] = 0.7  # What pads must not matter.
@@ -320,7 +320,7 @@ def test_answers_of_the_demo(tmp_path, capsys):
     for seed in range(25):
         question = QUESTIONS[seed % len(QUESTIONS)]
         media, given = ask_media(builder.spec, seed)
-        sample = {"id": f"s{seed}", "conversations": [{"from": "human", "value": question}]}
+        sample = {"id": f"s{seed}", "conversations": [{"from": "human", "value": question, "verbatim": True}]}
         row = builder.build(padded(media, builder.spec), sample).arrays
         prepared, length = model.prepare(question, **given), int(row["segment_ids"].sum())
         for key, value in prepared.items():

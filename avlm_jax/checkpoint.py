@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from avlm_jax import __version__
 from avlm_jax.state import TrainState, Tree, flatten, unflatten
 from input_pipeline.errors import UserError
 
@@ -402,3 +404,12 @@ def load_tree(directory: str | os.PathLike) -> tuple[Tree, dict[str, Any], dict[
     except CheckpointError as error:
         raise CheckpointError(f"{directory / TREE_FILE}: {error}") from error
     return unflatten(flat), config, metadata
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides configuration and data."""
+    import flax
+    import optax
+
+    found = {"python": platform.python_version(), "avlm_jax": __version__}
+    return found | {m.__name__: m.__version__ for m in (jax, flax, optax, np)}

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,9 +26,8 @@ import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from avlm_jax import __version__
 from avlm_jax.assembly import Assembly, assemble, check_weights
-from avlm_jax.checkpoint import Checkpointer, load_tree, save_tree
+from avlm_jax.checkpoint import Checkpointer, save_tree, versions
 from avlm_jax.config import (
     ConfigError,
     add_config_arguments,
@@ -38,7 +36,7 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
-from avlm_jax.lora import retire
+from avlm_jax.lineage import check_finished, check_parent, check_same_config, load_parent
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
 from avlm_jax.sharding import make_mesh, param_shardings, put_batch, state_shardings
@@ -121,7 +119,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
-    parent_hash, learnt = load_parent(assembly, stage, workdir)
+    parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
     mesh = make_mesh(**config.mesh)
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
@@ -163,7 +161,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         if (found := checkpointer.restore_latest(state)) is not None:
             state, data_state, saved = found
             check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
-            check_parent(saved["parent"], parent_hash, stage, workdir / name)
+            check_parent(saved["parent"], parent_hash, stage.parent, workdir / name)
             check_weights(saved.get("weights"), assembly.weights, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
@@ -269,121 +267,6 @@ def make_step(system: System, optim: OptimConfig, chunk: int) -> Step:
         return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def load_parent(assembly: Assembly, stage: StageConfig, workdir: Path) -> tuple[str | None, Tree | None]:
-    """(hash, tree) of what the parent stage published, with its adapter retired if the stage wants a fresh one.
-
-    (None, None) for a first stage.
-
-    Raises:
-        ConfigError: the parent is not finished, or was trained on other weights or another model.
-    """
-    if not stage.parent:
-        return None, None
-    folder = workdir / stage.parent / "final"
-    if not folder.exists():
-        raise ConfigError(
-            f"this stage begins from stage {stage.parent}, which has no result in {folder}; "
-            f"run it first with the argument stage={stage.parent}, or all stages by leaving stage out"
-        )
-    tree, made_by, metadata = load_tree(folder)
-    check_weights(metadata.get("weights"), assembly.weights, folder)
-    check_same_model(assembly.config, made_by, folder, but=("llm.lora",) if stage.fresh_lora else ())
-    if stage.fresh_lora:
-        lora = made_by["model"]["llm"]["lora"]  # Its own: this stage may choose another rank and alpha.
-        tree = retire(tree, lora["alpha"] / lora["rank"]) if lora["rank"] else tree
-    return metadata["hash"], tree
-
-
-def check_same_model(
-    config: ConfigDict, made_by: Mapping[str, Any], where: Path, but: tuple[str, ...] = ()
-) -> None:
-    """Raises ConfigError if parameters in `where` would mean something else under `config`.
-
-    Keys below `but` may differ, and those that change how a model is computed but not what it is.
-    """
-    free = ("dtype", "remat", "backend", "attention_backend", "dropout")
-    ours, theirs = (flatten_json(c["model"]) for c in (json.loads(config_to_json(config)), made_by))
-    keys = sorted(
-        key
-        for key in ours.keys() | theirs.keys()
-        if ours.get(key) != theirs.get(key)
-        and key.rpartition(".")[2] not in free
-        and not key.startswith(tuple(f"{prefix}." for prefix in but))
-    )
-    if keys:
-        told = "; ".join(f"model.{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
-        raise ConfigError(
-            f"{where} was trained as another model ({told}); use its configuration, or train it again"
-        )
-
-
-def check_finished(assembly: Assembly, name: str, final: Path) -> None:
-    """Raises ConfigError if `final` was made by another configuration, on other weights, or from another result of its
-    parent stage."""
-    config = assembly.config
-    _, made_by, metadata = load_tree(final)
-    check_same_config(config, name, made_by, final)
-    check_weights(metadata.get("weights"), assembly.weights, final)
-    parent = config.stage[name].parent
-    beginning = final.parents[1] / parent / "final"
-    if parent and beginning.exists():
-        stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
-        check_parent(metadata["parent"], load_tree(beginning)[2]["hash"], stage, final.parent)
-
-
-def check_parent(begun_from: str | None, parent_hash: str | None, stage: StageConfig, folder: Path) -> None:
-    """Raises ConfigError if what lies in `folder` was begun from another result of its parent stage than there is now."""
-    if begun_from != parent_hash:
-        raise ConfigError(
-            f"{folder} was begun from another result of stage {stage.parent or '(none)'} than the one there is now; "
-            f"delete {folder} to train it again"
-        )
-
-
-def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any], where: Path) -> None:
-    """Raises ConfigError naming what differs if what lies in `where` was made by another configuration.
-
-    Counted are the keys that stage `name` and the stages it descends from depend on.
-    """
-    ours, theirs = (flatten_json(c) for c in (json.loads(config_to_json(config)), made_by))
-    lineage, ancestor = set(), name
-    while ancestor and ancestor not in lineage:
-        lineage.add(ancestor)
-        ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
-    # Which stages a command runs and how often it logs do not change what a stage is; where its weights and its
-    # tokenizer lie does not either, what they are is compared by hash (`check_weights`).
-    free = ("stages", "log_every", "save_every", "loader", "init", "text.tokenizer")
-
-    def counts(key: str) -> bool:
-        first, _, rest = key.partition(".")
-        named = any(key == name or key.startswith(f"{name}.") for name in free)
-        return not named and (first != "stage" or rest.partition(".")[0] in lineage)
-
-    keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and counts(k))
-    if keys:
-        told = "; ".join(f"{k}: {theirs.get(k)!r} there, {ours.get(k)!r} now" for k in keys[:5])
-        raise ConfigError(f"{where} was made by another configuration ({told}); choose another --workdir")
-
-
-def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested JSON values as {"a.b.0": leaf}."""
-    items = (
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-    )
-    if items is None:
-        return {prefix: value}
-    return {k: v for key, item in items for k, v in flatten_json(item, f"{prefix}.{key}".lstrip(".")).items()}
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on besides configuration and data."""
-    import flax
-    import optax
-
-    found = {"python": platform.python_version(), "avlm_jax": __version__}
-    return found | {m.__name__: m.__version__ for m in (jax, flax, optax, np)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from avlm_jax.config import config_to_json, load_config
-from avlm_jax.train import flatten_json
+from avlm_jax.lineage import flatten_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"

@@ -21,8 +21,9 @@ from avlm_jax import cli, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
 from avlm_jax.checkpoint import TREE_FILE, load_tree
-from avlm_jax.config import ConfigError, config_from_json, load_config, to_dataclass
+from avlm_jax.config import ConfigError, config_from_json, load_config
 from avlm_jax.generate import load_model
+from avlm_jax.lineage import load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
@@ -218,8 +219,7 @@ def test_a_fresh_adapter_may_have_another_rank_and_alpha(run: Run, tmp_path: Pat
     changed = ("model.llm.lora.rank=4", "model.llm.lora.alpha=1000.0")
     config = load_config(*config_arguments(run.command(tmp_path, *settings, *changed)))
     assembly = assemble(config)
-    stage = to_dataclass(train.StageConfig, config.stage["2a"], "stage.2a")
-    _, learnt = train.load_parent(assembly, stage, tmp_path)
+    _, learnt = load_parent(assembly, "2b", tmp_path, fresh_lora=True)
     before, made_by, _ = load_tree(tmp_path / "2b" / "final")
     old, lora = flatten(before), made_by["model"]["llm"]["lora"]
     kernels, released = flatten(assembly.parameters(learnt)[0]), flatten(assembly.parameters()[0])
@@ -229,7 +229,7 @@ def test_a_fresh_adapter_may_have_another_rank_and_alpha(run: Run, tmp_path: Pat
     np.testing.assert_allclose(kernels[f"{layer}/kernel"], expected, rtol=1e-5, atol=1e-6)
     assert kernels[f"{layer}/lora_a"].shape[-1] == 4
     with pytest.raises(ConfigError, match="model.llm.lora.alpha: .* 1000.0 now"):
-        train.load_parent(assembly, dataclasses.replace(stage, fresh_lora=False), tmp_path)
+        load_parent(assembly, "2b", tmp_path)
 
 
 def test_retired_adapters_also_join_a_base_that_no_file_holds(run: Run) -> None:
@@ -307,7 +307,7 @@ def test_a_stage_without_its_parent_names_the_command(
     assert "begins from stage 1a" in error and "stage=1a" in error and str(tmp_path) in error
     with pytest.raises(ConfigError, match="no result"):
         assembly = assemble(load_config(*config_arguments(run.command(tmp_path))))
-        train.load_parent(assembly, train.StageConfig((), (), 1, parent="1b"), tmp_path)
+        load_parent(assembly, "1b", tmp_path)
 
 
 def test_parameters_that_do_not_fit_are_told_by_their_path(

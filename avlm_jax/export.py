@@ -32,10 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from avlm_jax import model_card
-from avlm_jax.assembly import Assembly, assemble, check_sizes, check_weights, open_backbone
+from avlm_jax import model_card, staging
+from avlm_jax.assembly import Assembly, assemble, check_sizes, check_updates, check_weights, open_backbone
 from avlm_jax.checkpoint import CheckpointError, load_tree
-from avlm_jax.config import ConfigError, apply_overrides, config_to_json, load_config
+from avlm_jax.config import ConfigError, apply_overrides, config_to_json
 from avlm_jax.generate import STOP_TOKENS, checkpoint_config, find_stop_ids
 from avlm_jax.lora import MERGED, is_lora, retired_updates
 from avlm_jax.models.api import init_params
@@ -54,7 +54,7 @@ from avlm_jax.weights.exported import (
     MODEL_TYPE,
     TRAINING_CONFIG,
 )
-from avlm_jax.weights.outgoing import Outgoing, Passage
+from avlm_jax.weights.outgoing import Merge, Outgoing, Passage
 from avlm_jax.weights.peft import save_adapter
 from avlm_jax.weights.record import PARTS
 from avlm_jax.weights.siglip import save_siglip
@@ -64,13 +64,14 @@ from input_pipeline.errors import UserError
 from input_pipeline.progress import track
 
 MODELING = "modeling_savenvideo.py"
-SPARE_BYTES = 2**26  # Left free on the disk beside the tensors: for the small files.
 
 EPILOG = """\
 examples:
   avlm export --workdir runs/demo/full --out exported
   avlm export --workdir runs/mine --stage 2a --out exported --adapter
       the base language model as it was, and the adapter of stage 2a beside it for PEFT
+  avlm export --workdir runs/7b --out exported --config.init.llm=/new/place/llm
+      where the weights lie now that the stage was trained on; their hashes are compared
   avlm import-weights --model exported --out weights
       the way back
 """
@@ -135,37 +136,24 @@ def export_model(
         OSError: the disk; what was written is removed.
     """
     out = Path(out)
-    check_out(out, overwrite, [config.init[part] for part in PARTS] + [config.text.tokenizer])
+    check_replaceable(out, overwrite)
+    staging.check_out(
+        out, [config.init[part] for part in PARTS] + [config.text.tokenizer], overwrite=overwrite
+    )
     export = plan_export(config, learnt, adapter, (metadata or {}).get("weights"))
-    above = next(folder for folder in out.absolute().parents if folder.is_dir())
-    free = shutil.disk_usage(above).free
-    if free < export.nbytes + SPARE_BYTES:
-        raise ExportError(
-            f"{above} has {free / 1e9:.1f} GB left, the export takes {export.nbytes / 1e9:.1f} GB; "
-            "choose another --out"
-        )
-    partial = out.parent / f".{out.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # Of an export that was killed.
-    partial.mkdir(parents=True)
-    try:
+    staging.check_space(out, export.nbytes, "the export")
+    # hashes.json is what makes a folder an export.
+    with staging.staged(out, last=(MODEL_CONFIG, HASHES)) as partial:
         _write(partial, export, adapter, dict(metadata or {}), lineage, reports)
         hashes = {str(path.relative_to(partial)): digest for path, digest in _hash_files(partial)}
         (partial / HASHES).write_text(json.dumps(hashes, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
-def check_out(out: Path, overwrite: bool, sources: Sequence[str]) -> None:
+def check_replaceable(out: Path, overwrite: bool) -> None:
     """Raises ExportError if writing `out` would lose anything but an export that may be replaced."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ExportError(f"{out} is no folder; choose another --out")
-    for source in filter(None, sources):
-        if out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
-            raise ExportError(f"{out} holds {source}, from which the export reads; choose another --out")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
+    if staging.is_vacant(out) or (out.is_symlink() and not out.exists()) or not out.is_dir():
+        return  # `staging.check_out` knows what to say of links and files.
     if not overwrite:
         raise ExportError(f"{out} is not empty; choose another --out, or replace an export with --overwrite")
     if not (out / HASHES).is_file() or _model_type(out) != MODEL_TYPE:
@@ -213,7 +201,7 @@ def plan_export(
     trained = any(path in flat for path in adapters)
     if adapter and not trained:
         raise ExportError("this stage has learnt no adapter; export it without --adapter")
-    retired = _check_learnt(flat, expected, lora.rank)
+    merges = _check_learnt(flat, expected)
 
     wanted = [path for path in expected if path.startswith("connector/") or (trained and is_lora(path))]
     drawn = tuple(path for path in wanted if path not in flat)
@@ -221,7 +209,8 @@ def plan_export(
     if trained and not adapter:
         for path in filter(lambda path: path.endswith("/lora_a"), adapters):
             layer = path.removesuffix("/lora_a")
-            retired.setdefault(f"{layer}/kernel", []).append([(flat[path], flat[f"{layer}/lora_b"])])
+            pair = (flat[path], flat[f"{layer}/lora_b"])
+            merges.setdefault(f"{layer}/kernel", []).append(([pair], lora.alpha / lora.rank))
 
     parts: dict[str, dict[str, Any]] = {"connector": {}, "adapter": {}}
     for path in wanted:
@@ -240,30 +229,25 @@ def plan_export(
         folder = config.init[part]
         sizes, plan = open_backbone(part, folder, config.model[part].get("feature_layer"))
         check_sizes(complete, part, folder, sizes)
-        if weights:
-            check_weights(weights, {part: plan.report()}, "the stage")
         passage = Passage(f"writing {part}", sum(len(leaf.names) for leaf in plan.leaves.values()))
-        scale = lora.alpha / lora.rank if lora.rank else 0.0
         parts[part] = {
             path: Outgoing(
                 f"{part}/{path}",
                 leaf,
                 flat.get(f"{part}/{path}"),
-                tuple(retired.get(f"{part}/{path}", ())),
-                scale,
+                tuple(merges.get(f"{part}/{path}", ())),
                 passage,
             )
             for path, leaf in plan.leaves.items()
         }
+    check_weights(weights, assembly.weights, "the stage")
     numbers = {path.split("/")[1] for path in flat if path.startswith(f"{MERGED}/")}
     merged = len(numbers) + (trained and not adapter)
     return Export(assembly, parts, qwen2.read_config(config.init.llm), drawn, merged)
 
 
-def _check_learnt(
-    flat: Mapping[str, np.ndarray], expected: Mapping[str, Any], rank: int
-) -> dict[str, list[list[tuple[np.ndarray, np.ndarray]]]]:
-    """Kernel path -> its retired adapters as one merge.
+def _check_learnt(flat: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> dict[str, list[Merge]]:
+    """Kernel path -> what its retired adapters add to it, as one merge.
 
     Raises:
         ConfigError: a parameter is not the configuration's.
@@ -271,17 +255,11 @@ def _check_learnt(
     """
     problems = []
     try:
-        retired = retired_updates(flat)
+        # A learnt kernel was trained with everything retired already in it.
+        retired = {path: pairs for path, pairs in retired_updates(flat).items() if path not in flat}
+        check_updates(retired, expected)
     except ValueError as error:
-        raise ConfigError(f"the checkpoint is incomplete: {error}") from error
-    if retired and not rank:
-        problems.append("it holds merged adapters, and model.llm.lora.rank 0 does not say how to scale them")
-    for path, pairs in retired.items():
-        shape = tuple(expected[path].shape) if path in expected else None
-        for a, b in pairs:
-            found = (*a.shape[:-1], b.shape[-1])
-            if found != shape or a.shape[-1] != rank or b.shape[-2] != rank:
-                problems.append(f"an adapter {list(a.shape)} x {list(b.shape)} for {path}, which is {shape}")
+        raise ConfigError(f"the checkpoint does not fit the configuration: {error}") from error
     for path, leaf in flat.items():
         if path.startswith(f"{MERGED}/"):
             continue
@@ -293,7 +271,7 @@ def _check_learnt(
     broken = [path for path, leaf in flat.items() if not np.isfinite(leaf).all()]
     if broken:
         raise ExportError(f"the checkpoint holds numbers that are not finite: {', '.join(broken[:8])}")
-    return {path: [pairs] for path, pairs in retired.items()}
+    return {path: [(pairs, 1.0)] for path, pairs in retired.items()}
 
 
 def _draw(assembly: Assembly, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -406,18 +384,6 @@ def _hash_files(folder: Path) -> Iterator[tuple[Path, str]]:
         yield file, digest
 
 
-def _replace(partial: Path, out: Path) -> None:
-    """Puts the complete folder in its place; an earlier one goes only when the new one stands."""
-    if not out.exists():
-        partial.rename(out)
-        return
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`avlm export`'s arguments."""
     parser.add_argument("--workdir", required=True, metavar="DIR", help="of the training run")
@@ -427,12 +393,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", action="store_true", help="keep the LoRA adapter apart, for PEFT, instead of merging it"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument(
-        "--config",
-        metavar="FILE[:ARGS]",
-        help="configuration by path (default: the one stored with the stage); single keys follow as "
-        "--config.key.of.config=value, for instance --config.init.llm=DIR",
-    )
+    # Only so that the command line hands over single keys; the configuration is the stage's own.
+    parser.add_argument("--config", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -442,10 +404,18 @@ def run(args: argparse.Namespace) -> int:
     if jax.process_count() > 1:
         raise ExportError("export runs in one process; start it on one host")
     final = find_stage(workdir, args.stage)
-    if args.config is None:
-        config = apply_overrides(checkpoint_config(final), args.config_overrides)
-    else:
-        config = load_config(args.config, args.config_overrides)
+    other = [
+        key
+        for key in args.config_overrides
+        if not key.startswith(("--config.init.", "--config.text.tokenizer="))
+    ]
+    if args.config is not None or other:
+        raise ExportError(
+            f"--config{'' if args.config is None else ' ' + args.config}{' '.join(['', *other])}: a stage is exported with "
+            "the configuration it was trained by; only --config.init.<part>=DIR and --config.text.tokenizer=DIR can be "
+            "given, where its weights lie now"
+        )
+    config = apply_overrides(checkpoint_config(final), args.config_overrides)
     try:
         learnt, _, metadata = load_tree(final)
     except (CheckpointError, FileNotFoundError) as error:

@@ -36,7 +36,9 @@ def find_stage(workdir: Path, stage: str | None) -> Path:
             "was given"
         )
     read = {name: _read_metadata(final) for name, final in finals.items()}
-    parents = {metadata.get("parent") for metadata in read.values()}
+    parents = {
+        metadata.get("parent") for metadata in read.values() if metadata.get("parent") != metadata["hash"]
+    }
     last = [name for name, metadata in read.items() if metadata["hash"] not in parents]
     if len(last) != 1:
         raise StageNotFound(f"{workdir} has several last stages: {', '.join(last)}; choose one with --stage")

@@ -40,6 +40,11 @@ def learnt_of(assembly: Assembly, seed: int = 0) -> dict:
     return unflatten({p: x for p, x in flat.items() if p.startswith("connector/") or is_lora(p)})
 
 
+def scale_of(assembly: Assembly) -> float:
+    """alpha / rank of the adapters."""
+    return assembly.config.model.llm.lora.alpha / assembly.config.model.llm.lora.rank
+
+
 def write_backbones(folder: Path, dtype=np.float32, **llm) -> dict[str, str]:
     """Overrides for random backbones of the tiny system's sizes; `llm` changes the language model's config."""
     assembly = assemble(tiny_config(save_tokenizer(folder / "tokenizer"), "model.llm.tie_embeddings=false"))

@@ -10,11 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from avlm_jax import export
-from avlm_jax.assembly import Assembly, assemble, load_backbones
-from avlm_jax.config import ConfigError, apply_overrides
+from avlm_jax import cli, export, staging
+from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoint import load_tree, save_tree
+from avlm_jax.config import ConfigError, apply_overrides, config_to_json
 from avlm_jax.export import ExportError, export_model
 from avlm_jax.lora import is_lora, merge_kernel, retire
+from avlm_jax.staging import StagingError
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights import safetensors_io
 from avlm_jax.weights.exported import read_exported
@@ -23,7 +25,15 @@ from avlm_jax.weights.safetensors_io import SafetensorsError, StoredTensor
 from avlm_jax.weights.siglip import load_siglip
 from avlm_jax.weights.table import WeightError
 from input_pipeline.errors import UserError
-from tests.exported_system import METADATA, bits, demo_assembly, learnt_of, tiny_assembly, write_backbones
+from tests.exported_system import (
+    METADATA,
+    bits,
+    demo_assembly,
+    learnt_of,
+    scale_of,
+    tiny_assembly,
+    write_backbones,
+)
 from tests.tiny_system import random_params, tiny_config
 
 
@@ -74,7 +84,7 @@ def test_merging_adds_alpha_over_rank_times_a_b(demo, learnt, merged):
 
 def test_the_merged_model_is_the_base_with_its_adapter_merged(tiny, tmp_path):
     """In half precision, with an adapter of an earlier stage: what PEFT would merge is what `llm/` holds."""
-    tree = retire(learnt_of(tiny, seed=1))
+    tree = retire(learnt_of(tiny, seed=1), scale_of(tiny))
     tree["llm"] = learnt_of(tiny, seed=2)["llm"]
     whole = export_model(tiny.config, tree, tmp_path / "whole")
     apart = export_model(tiny.config, tree, tmp_path / "apart", adapter=True)
@@ -89,7 +99,7 @@ def test_the_merged_model_is_the_base_with_its_adapter_merged(tiny, tmp_path):
                 for flat in (flatten(tree["merged"]["0"]["llm"]), flatten(tree["llm"]))
             ]
             by_layer = [
-                merge_kernel(bare[path][i], [(a[i], b[i]) for a, b in pairs[0]], lora.alpha / lora.rank)
+                merge_kernel(bare[path][i], [(a[i], b[i]) for a, b in pairs[0]], 1.0)  # The scale is in B.
                 for i in range(len(kernel))
             ]
             assert kernel.tobytes() == np.stack(by_layer).tobytes(), path
@@ -265,7 +275,7 @@ def test_another_backbone_than_the_configuration_s_is_refused(tiny, tmp_path):
 
 
 def test_other_weights_than_those_trained_on_are_refused(tiny, tmp_path):
-    weights = {part: report.sha256 for part, report in load_backbones(tiny.config)[1].items()}
+    weights = tiny.weights
     tree = learnt_of(tiny)
     export_model(tiny.config, tree, tmp_path / "right", metadata=METADATA | {"weights": weights})
     wrong = METADATA | {"weights": weights | {"audio": "0" * 64}}
@@ -297,10 +307,16 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tiny, tmp_path):
     refused(tiny, unflatten(tree | cut), out, ConfigError, r"connector/tlp/bias \[31\]; .* shape \[32\]")
     path = "connector/tlp/bias"
     refused(tiny, unflatten(tree | {path: tree[path] * np.nan}), out, ExportError, f"not finite: {path}")
-    old = retire(unflatten(tree))
-    refused(tiny, old, out, ConfigError, "does not say how to scale", ["model.llm.lora.rank=0"])
-    refused(tiny, old, out, ConfigError, r"an adapter \[2, 32, 2\]", ["model.llm.lora.rank=4"])
+    old = retire(unflatten(tree), scale_of(tiny))
     half = flatten(old)
+    half["merged/0/llm/layers/attn/q/lora_a"] = half["merged/0/llm/layers/attn/q/lora_a"][..., :1]
+    refused(
+        tiny,
+        unflatten(half),
+        out,
+        ConfigError,
+        r"an adapter \[2, 32, 1\] x \[2, 2, 32\] for llm/layers/attn/q",
+    )
     del half["merged/0/llm/layers/attn/q/lora_b"]
     refused(tiny, unflatten(half), out, ConfigError, "not lora_a and lora_b")
 
@@ -318,7 +334,7 @@ def test_a_sum_beyond_the_stored_precision_is_no_infinity(tiny, tmp_path):
 def test_nothing_of_the_user_s_is_overwritten(tiny, tmp_path):
     tree = learnt_of(tiny)
     (tmp_path / "file").write_text("mine")
-    refused(tiny, tree, tmp_path / "file", ExportError, "is no folder")
+    refused(tiny, tree, tmp_path / "file", StagingError, "is a file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     refused(tiny, tree, tmp_path / "full", ExportError, "not empty")
@@ -326,14 +342,17 @@ def test_nothing_of_the_user_s_is_overwritten(tiny, tmp_path):
     (tmp_path / "full" / "config.json").write_text('{"model_type": "savenvideo"}')
     refused(tiny, tree, tmp_path / "full", ExportError, "is no export", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path / "full")
-    refused(tiny, tree, tmp_path / "link", ExportError, "is no folder", overwrite=True)
+    refused(tiny, tree, tmp_path / "link", ExportError, "is no export", overwrite=True)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    with pytest.raises(StagingError, match="is a link to .*nothing"):
+        export_model(tiny.config, tree, tmp_path / "dangling")
 
 
 def test_what_the_export_reads_from_is_not_replaced(tiny, tmp_path):
     tree = learnt_of(tiny)
     out = export_model(tiny.config, tree, tmp_path / "out")
     inside = [f"init.vision={out / 'vision'}"]
-    refused(tiny, tree, out, ExportError, "from which the export reads", inside, overwrite=True)
+    refused(tiny, tree, out, StagingError, "where --out wants to write", inside, overwrite=True)
 
 
 def test_an_empty_folder_and_an_older_export_give_way(tiny, tmp_path):
@@ -351,11 +370,11 @@ def test_an_empty_folder_and_an_older_export_give_way(tiny, tmp_path):
 
 
 def test_a_full_disk_is_told_ahead(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**3))
-    refused(tiny, learnt_of(tiny), tmp_path / "out", ExportError, "0.0 GB left")
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**3))
+    refused(tiny, learnt_of(tiny), tmp_path / "out", StagingError, "no room for the export")
 
 
-@pytest.mark.parametrize("step", ["save_siglip", "copy_tokenizer", "_hash_files", "_replace"])
+@pytest.mark.parametrize("step", ["save_siglip", "copy_tokenizer", "_hash_files"])
 def test_a_failure_on_the_way_leaves_the_earlier_export(tiny, tmp_path, monkeypatch, step):
     out = export_model(tiny.config, learnt_of(tiny), tmp_path / "runs" / "out")
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
@@ -369,3 +388,41 @@ def test_a_failure_on_the_way_leaves_the_earlier_export(tiny, tmp_path, monkeypa
             export_model(tiny.config, learnt_of(tiny, seed=3), target, overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["out"]
+
+
+def test_a_stage_is_exported_by_its_own_configuration(tiny, tmp_path, capsys):
+    config = json.loads(config_to_json(tiny.config))
+    save_tree(
+        tmp_path / "run" / "2b" / "final", learnt_of(tiny), config, METADATA | {"weights": tiny.weights}
+    )
+    command = ["export", "--workdir", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    for words in (
+        ["--config.model.llm.lora.alpha=1000"],
+        ["--config.model.avts.time_scope=all"],
+        ["--config", "x.py"],
+    ):
+        assert cli.main([*command, *words]) == 2
+        assert "the configuration it was trained by" in capsys.readouterr().err
+    tokenizer = shutil.copytree(tiny.config.text.tokenizer, tmp_path / "other") / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert cli.main([*command, f"--config.text.tokenizer={tokenizer.parent}"]) == 2
+    assert "other weights of tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    moved = shutil.copytree(tiny.config.init.llm, tmp_path / "moved")
+    assert cli.main([*command, f"--config.init.llm={moved}"]) == 0
+
+
+def test_an_import_is_exported_again(tiny, tmp_path):
+    tree = learnt_of(tiny)
+    save_tree(tmp_path / "run" / "2b" / "final", tree, json.loads(config_to_json(tiny.config)), METADATA)
+    source = tmp_path / "run"
+    for number in (1, 2):
+        out, back = tmp_path / f"out{number}", tmp_path / f"in{number}"
+        assert cli.main(["export", "--workdir", str(source), "--out", str(out), "--adapter"]) == 0
+        assert cli.main(["import-weights", "--model", str(out), "--out", str(back)]) == 0
+        assert bits(load_tree(back / "imported" / "final")[0]) == bits(tree)
+        source = back
+    card = (tmp_path / "out2" / "README.md").read_text()
+    assert card.count("| imported |") == 1
+    (tmp_path / "out2" / "README.md").unlink()  # Whoever publishes it may write another.
+    read_exported(tmp_path / "out2")

@@ -12,6 +12,8 @@ from avlm_jax.weights.stored import StoredLeaf
 from avlm_jax.weights.table import WeightError
 from input_pipeline.progress import track
 
+Merge = tuple[Updates, float]  # Updates that are added together, and the scale of each.
+
 
 class Passage:
     """Gives the pages of the tensor before back to the system, and counts."""
@@ -48,15 +50,13 @@ class Outgoing:
         learnt: what replaces it, or None.
         merges: added one after the other, each rounded to the kernel's own dtype: retired adapters first, since a
             fresh adapter was trained on their rounded sum.
-        scale: of every adapter.
         passage: see there.
     """
 
     path: str
     stored: StoredLeaf
     learnt: np.ndarray | None
-    merges: tuple[Updates, ...]
-    scale: float
+    merges: tuple[Merge, ...]
     passage: Passage
 
     @property
@@ -84,8 +84,8 @@ class Outgoing:
         if self.learnt is None and not self.merges:
             return kernel
         with np.errstate(over="ignore"):  # Told below, with a name.
-            for updates in self.merges:
-                kernel = merge_kernel(kernel, [(a[layer], b[layer]) for a, b in updates], self.scale)
+            for updates, scale in self.merges:
+                kernel = merge_kernel(kernel, [(a[layer], b[layer]) for a, b in updates], scale)
             kernel = kernel.astype(self.dtype)
         if not np.isfinite(kernel).all():
             where = self.path if layer is None else f"{self.path}, layer {layer}"

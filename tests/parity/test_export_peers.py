@@ -24,7 +24,7 @@ from avlm_jax.weights.peft import AdapterError, adapter_table, open_adapter, rea
 from avlm_jax.weights.qwen2 import load_qwen2  # noqa: E402
 from avlm_jax.weights.tokenizer_folder import PROBES  # noqa: E402
 from input_pipeline.conversation import encode_text, load_tokenizer  # noqa: E402
-from tests.exported_system import METADATA, demo_assembly, learnt_of  # noqa: E402
+from tests.exported_system import METADATA, demo_assembly, learnt_of, scale_of  # noqa: E402
 from tests.parity.peers import relative_error  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -141,7 +141,9 @@ def test_peft_merges_to_what_the_merged_export_holds(exported):
 def test_an_adapter_of_an_earlier_stage_is_part_of_the_base(demo, tmp_path, adapter):
     """A lineage that merged one adapter and trained another on top of it."""
     first, second = learnt_of(demo, seed=1), learnt_of(demo, seed=2)
-    out = export_model(demo.config, retire(first) | {"llm": second["llm"]}, tmp_path / "out", adapter=adapter)
+    out = export_model(
+        demo.config, retire(first, scale_of(demo)) | {"llm": second["llm"]}, tmp_path / "out", adapter=adapter
+    )
     model, tokens = load_llm(out / "llm"), rows(demo)
     if adapter:
         model = load_adapter(model, out / "adapter")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from avlm_jax.assembly import Assembly, load_backbones
+from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.checkpoint import load_tree, save_tree
 from avlm_jax.config import apply_overrides, config_to_json
 from avlm_jax.export import export_model
@@ -56,11 +56,12 @@ def test_an_adapter_comes_back_to_the_bit(demo, learnt, adapted, tmp_path):
     tree, _, metadata = load_tree(tmp_path / "in" / "imported" / "final")
     assert bits(tree) == bits(learnt)
     assert metadata["hash"] == original
-    assert (metadata["stage"], metadata["parent"]) == ("imported", METADATA["hash"])
+    assert (metadata["stage"], metadata["parent"]) == ("imported", None)
+    assert metadata["exported"]["hash"] == METADATA["hash"]
     config = checkpoint_config(tmp_path / "in" / "imported" / "final")
     assert config.init.llm == str((tmp_path / "in" / "llm").resolve())
     assert backbones(config) == backbones(demo.config)
-    assert metadata["weights"] == {part: r.sha256 for part, r in load_backbones(config)[1].items()}
+    assert metadata["weights"] == assemble(config).weights
 
 
 def test_a_merged_model_comes_back_to_the_bit(demo, learnt, merged, tmp_path):
@@ -118,7 +119,7 @@ def test_training_goes_on_from_an_import(tmp_path):
     final = train(config, tmp_path / "in")["2b"]
     tree, _, metadata = load_tree(final)
     imported, _, origin = load_tree(tmp_path / "in" / "imported" / "final")
-    assert metadata["parent"] == origin["hash"] and origin["parent"] == METADATA["hash"]
+    assert metadata["parent"] == origin["hash"] and origin["exported"]["hash"] == METADATA["hash"]
     moved = flatten(tree)["connector/tlp/bias"] - flatten(imported)["connector/tlp/bias"]
     assert 0 < np.abs(moved).max() < 0.01
     assert np.abs(flatten(tree)["llm/layers/attn/q/lora_b"]).max() < 0.01

@@ -10,6 +10,7 @@ update by alpha / r.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def read_config(directory: str | Path) -> LoraConfig:
         raise AdapterError("PEFT", [f"{file}: missing; a PEFT adapter is {CONFIG_FILE} and {TENSOR_FILE}"])
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError("PEFT", [f"{file}: no valid JSON ({error})"]) from None
     if not isinstance(stored, dict) or stored.get("peft_type") != "LORA":
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
@@ -108,8 +109,8 @@ def read_config(directory: str | Path) -> LoraConfig:
     rank, alpha, dropout = (stored.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
     if type(rank) is not int or rank < 1:
         problems.append(f"{file}: r is {rank!r}; a whole number from 1 on is expected")
-    if type(alpha) not in (int, float):
-        problems.append(f"{file}: lora_alpha is {alpha!r}; a number is expected")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        problems.append(f"{file}: lora_alpha is {alpha!r}; a number above 0 is expected")
     dropout = 0.0 if dropout is None else dropout
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         problems.append(f"{file}: lora_dropout is {dropout!r}; a number from 0 to below 1 is expected")

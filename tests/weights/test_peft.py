@@ -93,6 +93,8 @@ def stored_config(tmp_path, **changes):
         ("r", 0),
         ("r", "absent"),
         ("lora_alpha", None),
+        ("lora_alpha", -1.0),
+        ("lora_alpha", float("nan")),
         ("lora_dropout", 1.0),
     ],
 )

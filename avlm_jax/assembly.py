@@ -197,7 +197,9 @@ def assemble(config: ConfigDict) -> Assembly:
 
 
 def load_backbones(config: ConfigDict) -> tuple[dict[str, StoredLeaf], dict[str, LoadReport]]:
-    """Flat parameters of vision, audio and llm in the folders of config.init, checked and unread; "" means none.
+    """Flat parameters of vision, audio and llm in the folders of config.init, checked; "" means none.
+
+    The arrays are read later, slice by slice; for the reports' hashes every file is read once here, on every host.
 
     Raises:
         ConfigError: a folder is missing, or its sizes differ from config.model's.

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import shlex
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,27 @@ from ml_collections import ConfigDict
 
 from avlm_jax import __version__
 from avlm_jax.assembly import check_sizes, open_backbone
-from avlm_jax.config import load_config
+from avlm_jax.config import ConfigError, load_config
+from avlm_jax.staging import (
+    check_out,
+    check_space,
+    is_vacant,
+    lies_in,
+    nearest_folder,
+    remove,
+    restore,
+    staged,
+)
 from avlm_jax.weights import beats, qwen2, siglip
-from avlm_jax.weights.beats import convert_checkpoint, file_sha256
+from avlm_jax.weights.beats import convert_checkpoint
 from avlm_jax.weights.hub import resolve, source_name
+from avlm_jax.weights.json_file import file_sha256, read_json_object
 from avlm_jax.weights.record import PARTS, digests, read_record, report_table, write_record
-from avlm_jax.weights.safetensors_io import StoredTensor, write_folder
+from avlm_jax.weights.safetensors_io import INDEX_FILE, StoredTensor, write_folder
 from avlm_jax.weights.stored import LoadReport, make_report
 from avlm_jax.weights.table import canonical_tensors
 from avlm_jax.weights.text import TOKENIZER_FILES, check_tokenizer
 from input_pipeline.errors import UserError
-from input_pipeline.progress import track
 
 EPILOG = """\
 examples:
@@ -49,7 +58,6 @@ llm, and import.json, which says where they come from; a part that is there alre
 """
 
 SIZES = {896: "0.5b", 1536: "1.5b", 3584: "7b"}  # Qwen2's hidden_size -> size of configs/savenvideo.py
-SPARE_BYTES = 64 * 2**20  # Left on the disk beyond what is written.
 
 
 class ImportWeightsError(UserError):
@@ -68,7 +76,8 @@ class Planned:
         files: the other files of the folder, by name.
         warnings: what the user should know.
         source_sha256: of the .pt that it was converted from; "" for other sources.
-        present: it is in OUT already, and nothing has to be written.
+        present: it is in OUT already, and its folder has not to be written.
+        unrecorded: it is present, and import.json does not say so.
     """
 
     part: str
@@ -79,6 +88,12 @@ class Planned:
     warnings: tuple[str, ...] = ()
     source_sha256: str = ""
     present: bool = False
+    unrecorded: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes on the disk, but for headers."""
+        return self.report.bytes + sum(map(len, self.files.values()))
 
     def record(self) -> dict[str, Any]:
         """The part's entry in import.json."""
@@ -104,7 +119,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FILE[:ARGS]", help="first compare the sizes with this configuration's"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace parts in OUT from other sources")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace parts that this command put into OUT from other sources",
+    )
     parser.add_argument(
         "--torch-python", metavar="FILE", default=sys.executable, help="Python whose torch converts a .pt"
     )
@@ -146,14 +165,14 @@ def import_backbones(
 ) -> dict[str, LoadReport]:
     """Checks the given parts, writes each into its folder of `out` and notes it in `out`/import.json.
 
-    A part is written under another name and renamed when it is complete. One that `out` holds already, from
-    the same weights and files, is left alone.
+    A part is written under another name and renamed when it is complete. One that `out` holds already, the same
+    weights and files whoever put them there, is left alone.
 
     Args:
         vision, audio, llm: folder, hub name or (audio) .pt file; None leaves a part as it is.
         out: made if missing.
         config: the parts' sizes must be this configuration's.
-        overwrite: replace a part of `out` that has other weights.
+        overwrite: replace a part of `out` that import.json knows and that has other weights.
         torch_python: see `convert_checkpoint`.
 
     Returns:
@@ -164,8 +183,9 @@ def import_backbones(
             Nothing was written then.
     """
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ImportWeightsError(f"{out} is a file; --out names a folder")
+    check_out(out)
+    for part in PARTS:
+        restore(out / part)
     records = read_record(out)
     sources = {"vision": vision, "audio": audio, "llm": llm}
     planned: list[Planned] = []
@@ -179,8 +199,10 @@ def import_backbones(
                 planned.append(_compare_with_present(plan, out, records.get(part), overwrite))
             except UserError as error:
                 problems.append(error)
-        if not problems:
-            _check_space(out, planned)
+        new = [plan for plan in planned if not plan.present]
+        if new and not problems:
+            # A part that is replaced stays until its successor is complete, so nothing is subtracted for it.
+            check_space(out, sum(plan.nbytes for plan in new), ", ".join(plan.part for plan in new))
         if len(problems) == 1:
             raise problems[0]
         if problems:
@@ -188,10 +210,12 @@ def import_backbones(
         for plan in planned:
             if plan.present:
                 print(f"{plan.part}: {out / plan.part} holds {plan.source} already", file=sys.stderr)
-                continue
-            for warning in plan.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            _write(plan, out)
+                if not plan.unrecorded:
+                    continue
+            else:
+                for warning in plan.warnings:
+                    print(f"warning: {warning}", file=sys.stderr)
+                _write(plan, out)
             records[plan.part] = plan.record()
             write_record(out, records, __version__)
     return {plan.part: plan.report for plan in planned}
@@ -212,6 +236,13 @@ def _plan(
     """Checks one part; `stack` keeps a converted .pt until it is written."""
     path = resolve(name)
     source, digest = source_name(name, path), ""
+    check_out(out / part)
+    for other in PARTS:  # Also one that is not imported now.
+        held = lies_in(path, out / other)
+        if held is not None:
+            raise ImportWeightsError(
+                f"{held}: lies in {out / other}, which is --out's own; name another --out, or move the source first"
+            )
     if path.is_file():
         if part != "audio":
             raise ImportWeightsError(
@@ -220,7 +251,9 @@ def _plan(
         if path.suffix == ".safetensors":
             raise ImportWeightsError(f"{path}: name its folder, which must hold BEATs' cfg as config.json")
         digest = file_sha256(path)
-        if record and record.get("source_sha256") == digest and _is_complete(out, part, record):
+        if record and record.get("source_sha256") == digest and _holds(out, part, record):
+            if config is not None:
+                check_sizes(config, part, source, open_backbone(part, out / part)[0])
             report = LoadReport(
                 record["tensors"],
                 record["bytes"],
@@ -228,16 +261,12 @@ def _plan(
                 {reason: tuple(names) for reason, names in record["ignored"].items()},
             )
             return Planned(part, source, {}, report, {}, tuple(record["warnings"]), digest, present=True)
+        # Its tensors lie there once converted and once as the part.
+        check_space(out, 2 * path.stat().st_size, f"the conversion of {path}")
         print(f"{part}: converting {path}", file=sys.stderr, flush=True)
-        folder = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=".avlm-import-", dir=_parent(out)))
-        )
+        folder = stack.enter_context(_passing_folder(out))
         convert_checkpoint(path, folder, python=torch_python)
         path = folder
-    elif path.resolve() == (out / part).resolve():
-        raise ImportWeightsError(
-            f"{path}: is where --out wants to put it; name another source or another --out"
-        )
     _refuse_pickles(part, path)
     layer = config.model.vision.feature_layer if config is not None and part == "vision" else None
     try:
@@ -252,6 +281,22 @@ def _plan(
         check_sizes(config, part, source, sizes)
     report = make_report(tensors, tensors, ignored, label=f"{part}: reading")
     return Planned(part, source, tensors, report, files, tuple(warnings), digest)
+
+
+@contextlib.contextmanager
+def _passing_folder(out: Path) -> Iterator[Path]:
+    """A folder on the disk of `out`, for as long as the context lasts. What a killed run has left of it goes."""
+    # Always the same for one `out`, so that it can be found again; not in `out`, which may never come to be.
+    name = f".avlm-import-{hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]}"
+    for above in (out.absolute(), *out.absolute().parents):
+        remove(above / name)
+    folder = nearest_folder(out) / name
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):  # Of a broken disk; the error that matters is on its way.
+            remove(folder)
 
 
 def _refuse_pickles(part: str, folder: Path) -> None:
@@ -285,8 +330,7 @@ def _open(
 
 def _other_files(part: str, folder: Path, feature_layer: int | None) -> tuple[dict[str, bytes], list[str]]:
     """(what a part's folder holds beside its tensors, warnings); config.json describes the tensors that are kept."""
-    raw = (folder / "config.json").read_bytes()
-    content = json.loads(raw)
+    content = read_json_object(folder / "config.json")
     warnings: list[str] = []
     if part == "vision":
         kept = ["preprocessor_config.json"]
@@ -308,7 +352,7 @@ def _other_files(part: str, folder: Path, feature_layer: int | None) -> tuple[di
     kept += sorted(file.name for file in folder.iterdir() if file.name.startswith(("LICENSE", "NOTICE")))
     files = {name: (folder / name).read_bytes() for name in kept if (folder / name).is_file()}
     own = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    return files | {"config.json": raw if part == "llm" else own}, warnings
+    return files | {"config.json": (folder / "config.json").read_bytes() if part == "llm" else own}, warnings
 
 
 def _compare_preprocessing(folder: Path, image_size: int) -> Iterator[str]:
@@ -316,11 +360,7 @@ def _compare_preprocessing(folder: Path, image_size: int) -> Iterator[str]:
     file = folder / "preprocessor_config.json"
     if not file.is_file():
         return
-    try:
-        found = json.loads(file.read_text())
-        items = dict(found).items()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ImportWeightsError(f"{file}: no valid JSON ({error}); fetch it again") from None
+    found = read_json_object(file)
     ours = {
         "size": [{"height": image_size, "width": image_size}],
         "resample": [3],  # PIL's number for bicubic
@@ -332,7 +372,7 @@ def _compare_preprocessing(folder: Path, image_size: int) -> Iterator[str]:
         "do_normalize": [True],
         "do_center_crop": [False, None],
     }
-    for key, value in items:
+    for key, value in found.items():
         if key in ours and value not in ours[key]:
             yield f"{file}: {key} is {value!r}, this project's pictures are made with {ours[key][0]!r}"
 
@@ -340,109 +380,85 @@ def _compare_preprocessing(folder: Path, image_size: int) -> Iterator[str]:
 def _compare_with_present(
     plan: Planned, out: Path, record: Mapping[str, Any] | None, overwrite: bool
 ) -> Planned:
-    """`plan`, marked as present if `out` holds just that; UserError if it holds something else."""
+    """`plan`, marked as present if `out` holds just that; UserError if it holds something that must stay."""
     target = out / plan.part
-    if plan.present or not (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+    if plan.present or (is_vacant(target) and not target.is_symlink()):
         return plan
-    if record and record["sha256"] == plan.report.sha256 and record["files"] == digests(plan.files):
-        # What was damaged since is written again.
-        return dataclasses.replace(plan, present=_is_complete(out, plan.part, record))
-    if overwrite:
-        return plan
-    held = (
-        f"holds {record['source']} (sha256 {record['sha256'][:16]})"
-        if record
-        else "was not put there by this command"
-    )
-    raise ImportWeightsError(
-        f"{target}: {held}, not {plan.source} (sha256 {plan.report.sha256[:16]}); --overwrite replaces it, "
-        "another --out leaves it"
-    )
+    wanted = plan.record()
+    recorded = record is not None and all(record[key] == wanted[key] for key in ("sha256", "files"))
+    # A run that was killed before it could write import.json leaves a part without a record, or with that of before.
+    if _holds(out, plan.part, wanted, exactly=not recorded):
+        return dataclasses.replace(plan, present=True, unrecorded=not recorded)
+    if record is None:
+        raise ImportWeightsError(
+            f"{target}: was not put there by this command, so it stays, with --overwrite too; move it away or choose "
+            "another --out"
+        )
+    if not (recorded or overwrite):  # What was damaged since is written again.
+        raise ImportWeightsError(
+            f"{target}: holds {record['source']} (sha256 {record['sha256'][:16]}), not {plan.source} (sha256 "
+            f"{plan.report.sha256[:16]}); --overwrite replaces it, another --out leaves it"
+        )
+    check_out(target, overwrite=True)
+    return plan
 
 
-def _is_complete(out: Path, part: str, record: Mapping[str, Any]) -> bool:
-    """Whether a part in `out` still is what its record says, to the bit."""
+def _holds(out: Path, part: str, record: Mapping[str, Any], *, exactly: bool = False) -> bool:
+    """Whether a part in `out` is what a record says, to the bit; `exactly`: and nothing else is in its folder."""
+    folder = out / part
     try:
-        tensors, ignored, _ = _open(part, out / part, None)
-        files = {name: file_sha256(out / part / name) for name in record["files"]}
-        return files == record["files"] and make_report(tensors, tensors, ignored).sha256 == record["sha256"]
+        tensors, ignored, _ = _open(part, folder, None)
+        if exactly:
+            files = {*record["files"], INDEX_FILE, *(tensor.file.name for tensor in tensors.values())}
+            if ignored or {entry.name for entry in folder.iterdir()} - files:
+                return False
+        if {name: file_sha256(folder / name) for name in record["files"]} != record["files"]:
+            return False
+        return make_report(tensors, tensors, ignored).sha256 == record["sha256"]
     except (UserError, OSError):
         return False
-
-
-def _check_space(out: Path, planned: list[Planned]) -> None:
-    """A part that is replaced stays until its successor is complete, so nothing is subtracted for it."""
-    new = [plan for plan in planned if not plan.present]
-    needed = sum(plan.report.bytes + sum(map(len, plan.files.values())) for plan in new)
-    folder = _parent(out)
-    free = shutil.disk_usage(folder).free
-    if new and needed + SPARE_BYTES > free:
-        raise ImportWeightsError(
-            f"{folder}: {free / 1e9:.1f} GB are free, {(needed + SPARE_BYTES) / 1e9:.1f} GB are needed; make room or "
-            "choose another --out"
-        )
-
-
-def _parent(out: Path) -> Path:
-    """`out`, or the nearest folder above it that exists."""
-    return next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
 
 
 # Writing
 
 
-class _Passing:
-    """A tensor on its way from file to file: moves the progress on, and the one before it out of memory."""
-
-    def __init__(self, tensor: StoredTensor, ticks: Iterator[int], before: list[StoredTensor]) -> None:
-        self.shape, self.dtype = tensor.shape, tensor.dtype
-        self._tensor, self._ticks, self._before = tensor, ticks, before
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        next(self._ticks)
-        while self._before:
-            self._before.pop().release()
-        self._before.append(self._tensor)
-        return np.asarray(self._tensor, dtype=dtype)
-
-
 def _write(plan: Planned, out: Path) -> None:
     """Puts a part in its place, in one rename."""
-    target = out / plan.part
-    partial, old = out / f".{plan.part}.partial", out / f".{plan.part}.old"
-    for leftover in (partial, old):  # Of an import that was killed.
-        shutil.rmtree(leftover, ignore_errors=True)
-    ticks = track(range(len(plan.tensors)), label=f"{plan.part}: writing", unit="tensors")
-    try:
-        before: list[StoredTensor] = []
-        write_folder(
-            partial, {name: _Passing(tensor, ticks, before) for name, tensor in plan.tensors.items()}
-        )
-        next(ticks, None)
+    with staged(out / plan.part, last=("config.json",)) as partial:
+        write_folder(partial, plan.tensors, label=f"{plan.part}: writing")
         for name, content in plan.files.items():
             (partial / name).write_bytes(content)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    if old.is_dir():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
 
 
 def next_command(out: Path, config: str | None, overrides: list[str]) -> str:
-    """The command that trains on what `out` holds."""
-    held = read_record(out)
-    width = (
-        json.loads((out / "llm" / "config.json").read_bytes()).get("hidden_size") if "llm" in held else None
-    )
+    """The command that trains on what `out` holds, with the sizes that the configuration does not have."""
+    held: dict[str, Mapping[str, Any]] = {}
+    for part in read_record(out):
+        try:
+            held[part] = open_backbone(part, out / part)[0]
+        except UserError:  # Damaged since; to be told when it is imported or used.
+            held[part] = {}
+    width = held.get("llm", {}).get("width")
     name = config or f"configs/savenvideo.py:size={SIZES.get(width, '7b')}"
+    try:
+        model = load_config(name, overrides).model
+        more = [item for part, sizes in held.items() for item in _sizes_to_set(part, sizes, model[part])]
+    except ConfigError:  # Not started where the configurations are; the 7b's sizes are known not to fit.
+        more = list(_sizes_to_set("llm", held["llm"], None)) if width and width not in SIZES else []
     if set(held) == set(PARTS):
         name += f"{',' if ':' in name else ':'}weights={out}"
     else:
-        overrides = [*overrides, *(f"--config.init.{part}={out / part}" for part in held)]
+        more += [f"--config.init.{part}={out / part}" for part in held]
         if "llm" in held:
-            overrides.append(f"--config.text.tokenizer={out / 'llm'}")
-    return shlex.join(["avlm", "train", "--config", name, *overrides, "--workdir", "W"])
+            more.append(f"--config.text.tokenizer={out / 'llm'}")
+    return shlex.join(["avlm", "train", "--config", name, *overrides, *more, "--workdir", "W"])
+
+
+def _sizes_to_set(part: str, sizes: Mapping[str, Any], section: Mapping[str, Any] | None) -> Iterator[str]:
+    """Overrides for the sizes that config.model.<part> does not have; for all of them where it is unknown (None)."""
+    for key, value in sizes.items():
+        unset = section is None or section.get(key) is None
+        if key == "head_dim" and unset and value * sizes["num_heads"] == sizes["width"]:
+            continue  # Null means width / num_heads.
+        if section is None or (key in section and section[key] != value):
+            yield f"--config.model.{part}.{key}={value}"

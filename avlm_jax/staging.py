@@ -19,7 +19,9 @@ from pathlib import Path
 
 from input_pipeline.errors import UserError
 
-SPARE_BYTES = 2**26  # Stay free on the disk: for small files, and because a full disk troubles everybody on it.
+SPARE_BYTES = (
+    2**26
+)  # Stay free on the disk: for small files, and because a full disk troubles everybody on it.
 MOUNTS = Path("/proc/self/mountinfo")  # Linux, proc_pid_mountinfo(5): the fifth field is the mount point.
 
 
@@ -39,7 +41,7 @@ def check_out(out: str | Path, sources: Iterable[str | Path] = (), *, overwrite:
         overwrite: an existing folder is to be replaced, not only an empty one filled.
     """
     out = Path(out)
-    _restore(out)
+    restore(out)
     if out.is_symlink() and not out.exists():
         raise StagingError(
             f"{out} is a link to {os.readlink(out)}, where nothing is; remove it or choose another --out"
@@ -60,10 +62,18 @@ def check_out(out: str | Path, sources: Iterable[str | Path] = (), *, overwrite:
         )
 
 
+def restore(target: str | Path) -> None:
+    """Brings the earlier folder back if a run was killed between the two renames of `staged`."""
+    target = Path(target)
+    old = _beside(target, "old")
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
+
+
 def lies_in(source: str | Path, folder: str | Path) -> Path | None:
     """What of `source` (itself, or a file in it, links followed) is `folder` or lies in it; None if nothing does."""
     source, folder = Path(source).expanduser(), Path(folder).resolve()
-    inside = list(source.iterdir()) if source.is_dir() else []
+    inside = [entry for entry in source.iterdir() if entry.is_file()] if source.is_dir() else []
     for path in (source, *inside):
         if folder in (path.resolve(), *path.resolve().parents):
             return path
@@ -75,7 +85,7 @@ def is_vacant(folder: str | Path) -> bool:
     folder = Path(folder)
     if not folder.is_dir():
         return not os.path.lexists(folder)
-    return not {entry.name for entry in folder.iterdir()} - {f".{_name(folder)}.partial"}
+    return not {entry.name for entry in folder.iterdir()} - {_inside(folder).name}
 
 
 def check_space(folder: str | Path, needed_bytes: int, what: str) -> None:
@@ -89,9 +99,9 @@ def check_space(folder: str | Path, needed_bytes: int, what: str) -> None:
     lacking = needed_bytes + SPARE_BYTES - free
     if lacking > 0:
         raise StagingError(
-            f"{above}: no room for {what}: it takes {describe_bytes(needed_bytes)}, {describe_bytes(SPARE_BYTES)} are to "
-            f"stay free, and of the {describe_bytes(free)} that are free now {describe_bytes(lacking)} are missing; make "
-            "room or choose another --out"
+            f"{above}: no room for {what}, which takes {describe_bytes(needed_bytes)}: {describe_bytes(free)} are free, of "
+            f"which {describe_bytes(SPARE_BYTES)} have to stay so; {describe_bytes(lacking)} are missing. Make room or "
+            "choose another --out"
         )
 
 
@@ -125,10 +135,10 @@ def staged(target: str | Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
     Raises:
         OSError: the disk. An earlier folder is in its place then.
     """
-    target = Path(target)
-    _restore(target)
+    target = _named(Path(target))
+    restore(target)
     filled = _stays(target) and is_vacant(target)
-    partial = target / f".{_name(target)}.partial" if filled else _beside(target, "partial")
+    partial = _inside(target) if filled else _beside(target, "partial")
     remove(partial)
     remove(_beside(target, "old"))
     partial.mkdir(parents=True)
@@ -146,20 +156,22 @@ def staged(target: str | Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Removes a folder with what is in it, a file, or a link without what it points to; nothing if there is none."""
-    if path.is_dir() and not path.is_symlink():
+    if _is_folder(path):
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif os.path.lexists(
+        path
+    ):  # On a read-only disk unlink would complain of that and not of the missing file.
+        path.unlink()
 
 
 def _replace(partial: Path, target: Path) -> None:
     old = _beside(target, "old")
-    if not is_vacant(target) or target.is_symlink():
+    if os.path.lexists(target) and not (_is_folder(target) and not any(target.iterdir())):
         target.rename(old)
     try:
         partial.rename(target)  # Also over an empty folder, says rename(2).
     except OSError:
-        _restore(target)
+        restore(target)
         raise
 
 
@@ -169,16 +181,9 @@ def _fill(partial: Path, target: Path, last: Sequence[str]) -> None:
         entries[name].rename(target / name)
 
 
-def _restore(target: Path) -> None:
-    """Brings the earlier folder back if a run was killed between two renames."""
-    old = _beside(target, "old")
-    if os.path.lexists(old) and not os.path.lexists(target):
-        old.rename(target)
-
-
 def _stays(folder: Path) -> bool:
     """Whether a folder is there that must not or cannot be renamed."""
-    if folder.is_symlink() or not folder.is_dir():
+    if not _is_folder(folder):
         return False
     resolved = folder.resolve()
     return (
@@ -201,9 +206,19 @@ def _is_mount(folder: Path) -> bool:
     return any(line.split(" ")[4] == escaped for line in lines)
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 def _beside(target: Path, kind: str) -> Path:
-    return target.absolute().parent / f".{_name(target)}.{kind}"
+    return _named(target).parent / f".{_named(target).name}.{kind}"
 
 
-def _name(target: Path) -> str:
-    return target.absolute().name
+def _inside(target: Path) -> Path:
+    return target / f".{_named(target).name}.partial"
+
+
+def _named(path: Path) -> Path:
+    """`path`, absolute and with its own name at the end: "." and ".." have none."""
+    path = path.absolute()
+    return path.resolve() if path.name == ".." else path

@@ -14,6 +14,7 @@ from avlm_jax import cli, import_weights
 from avlm_jax.assembly import load_backbones
 from avlm_jax.config import load_config
 from avlm_jax.import_weights import import_backbones
+from avlm_jax.staging import SPARE_BYTES
 from avlm_jax.weights import safetensors_io
 from avlm_jax.weights.beats import load_beats
 from avlm_jax.weights.qwen2 import load_qwen2
@@ -119,13 +120,13 @@ def test_three_parts(released, tmp_path, capsys):
     assert [line[0] for line in lines[1:] if line and line[0] in LOADERS] == list(LOADERS)
     assert "       5 left out: text tower and contrastive loss" in told.out
     assert "       2 left out: the tagging head; features are read before it" in told.out
-    assert told.out.endswith(
-        f"next: avlm train --config configs/savenvideo.py:size=7b,weights={out} --workdir W\n"
-    )
+    assert f"next: avlm train --config configs/savenvideo.py:size=7b,weights={out} " in told.out
 
 
-def test_the_next_command_is_one_that_works(released, tmp_path, capsys):
-    assert cli.main(command(released, tmp_path, "--config", f"{CONFIG}:size=demo", *OVERRIDES)) == 0
+@pytest.mark.parametrize("more", [["--config", f"{CONFIG}:size=demo", *OVERRIDES], []])
+def test_the_next_command_is_one_that_works(released, tmp_path, capsys, more):
+    """Also without a configuration, though no published model has these sizes."""
+    assert cli.main(command(released, tmp_path, *more)) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("next: "))
     assert words[:2] == ["avlm", "train"] and words[-2:] == ["--workdir", "W"]
     config = load_config(words[3], words[4:-2])
@@ -146,11 +147,41 @@ def test_some_of_the_parts(released, tmp_path, capsys):
     assert set(read_record(tmp_path)) == {"llm"}
 
 
-@pytest.mark.parametrize(("width", "size"), [(896, "0.5b"), (1536, "1.5b"), (3584, "7b"), (16, "7b")])
-def test_the_size_follows_the_language_model(released, tmp_path, width, size):
-    import_backbones(**released, out=tmp_path)
-    edit_json(tmp_path / "llm/config.json", hidden_size=width)
-    assert f"configs/savenvideo.py:size={size},weights=" in import_weights.next_command(tmp_path, None, [])
+SMALL = {"depth": 24, "num_heads": 14, "num_kv_heads": 2, "mlp_dim": 4864}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "flags"),
+    [
+        ({"width": 896, "vocab_size": 151936, "tie_embeddings": True, "head_dim": 64, **SMALL}, "0.5b", []),
+        ({"width": 1536}, "1.5b", []),
+        ({"width": 3584, "head_dim": 128, "num_heads": 28, "vocab_size": 152064}, "7b", []),
+        ({"width": 3584, "vocab_size": 150000}, "7b", ["--config.model.llm.vocab_size=150000"]),
+        (
+            {"width": 2048, "depth": 36, "head_dim": 128, "num_heads": 16},
+            "7b",
+            [f"--config.model.llm.{item}" for item in ("width=2048", "depth=36", "num_heads=16")],
+        ),
+    ],
+)
+def test_the_size_follows_the_language_model(tmp_path, monkeypatch, sizes, size, flags):
+    monkeypatch.setattr(import_weights, "read_record", lambda out: {"llm": {}})
+    monkeypatch.setattr(import_weights, "open_backbone", lambda part, folder: (sizes, None))
+    words = shlex.split(import_weights.next_command(tmp_path, None, []))
+    assert words[3] == f"configs/savenvideo.py:size={size}"
+    assert sorted(word for word in words if ".model." in word) == sorted(flags)
+    # Where there is no such file, what the size 7b lacks for certain is told.
+    monkeypatch.chdir(tmp_path)
+    told = import_weights.next_command(tmp_path, None, [])
+    assert all(flag in told for flag in flags) or sizes["width"] == 3584
+
+
+def test_a_damaged_part_does_not_spoil_the_next_command(released, tmp_path, capsys):
+    import_backbones(vision=released["vision"], audio=released["audio"], out=tmp_path)
+    (tmp_path / "vision/config.json").write_text("{")
+    assert cli.main(command({"llm": released["llm"]}, tmp_path)) == 0
+    told = capsys.readouterr().out
+    assert "--config.model.llm.width=16" in told and ".vision.width" not in told
 
 
 def test_the_same_again_writes_nothing(released, tmp_path, capsys):
@@ -193,8 +224,11 @@ def test_another_tokenizer_counts_as_other_weights(released, tmp_path):
 def test_a_folder_of_somebody_else_is_not_touched(released, tmp_path):
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm/notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="llm: was not put there by this command"):
-        import_backbones(**released, out=tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(
+            UserError, match="llm: was not put there by this command, so it stays, with --over"
+        ):
+            import_backbones(**released, out=tmp_path, overwrite=overwrite)
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["llm", "llm/notes.txt"]
 
 
@@ -214,7 +248,7 @@ def test_a_part_that_was_damaged_is_written_again(released, tmp_path):
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_import_leaves_nothing_that_looks_complete(released, tmp_path, monkeypatch, stop):
     """It stops at the fifth tensor of the language model."""
-    read = import_weights._Passing.__array__
+    read = safetensors_io.StoredTensor.__array__
     count = iter(range(10_000))
 
     def stopping(tensor, dtype=None, copy=None):
@@ -222,7 +256,7 @@ def test_an_interrupted_import_leaves_nothing_that_looks_complete(released, tmp_
             raise stop
         return read(tensor, dtype, copy)
 
-    monkeypatch.setattr(import_weights._Passing, "__array__", stopping)
+    monkeypatch.setattr(safetensors_io.StoredTensor, "__array__", stopping)
     with pytest.raises(type(stop) if isinstance(stop, OSError) else stop):
         import_backbones(**released, out=tmp_path)
     monkeypatch.undo()
@@ -234,12 +268,96 @@ def test_an_interrupted_import_leaves_nothing_that_looks_complete(released, tmp_
     assert everything(tmp_path / "vision") == vision
 
 
-def test_leftovers_of_a_killed_import_are_removed(released, tmp_path):
-    for name in (".llm.partial", ".llm.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+@pytest.mark.parametrize("part_there", [True, False])
+def test_leftovers_of_a_killed_import_are_removed(released, tmp_path, part_there):
+    """Killed while it wrote, or between the two renames that replace a part: what stood there is in .llm.old."""
+    other = make_qwen2(tmp_path / "other", seed=9)
+    out = tmp_path / "out"
+    import_backbones(llm=other, out=out)
+    shutil.copytree(released["llm"], out / ".llm.partial")
+    if part_there:
+        (out / ".llm.old").mkdir()
+    else:
+        (out / "llm").rename(out / ".llm.old")
+    with pytest.raises(UserError, match=f"llm: holds {other} .* --overwrite replaces it"):
+        import_backbones(llm=released["llm"], out=out)
+    same(load_qwen2(out / "llm")[1], load_qwen2(other)[1])
+    import_backbones(llm=released["llm"], out=out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"llm", "import.json"}
+    same(load_qwen2(out / "llm")[1], load_qwen2(released["llm"])[1])
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_part_of_a_run_killed_before_its_record(released, tmp_path, monkeypatch, capsys, earlier):
+    """SIGKILL after the rename: import.json does not know the part, or tells of the one before."""
+    if earlier:
+        import_backbones(llm=make_qwen2(tmp_path / "other", seed=9), out=tmp_path / "out")
+
+    def killed(*_):
+        raise SystemExit
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(import_weights, "write_record", killed)
+    with pytest.raises(SystemExit):
+        import_backbones(llm=released["llm"], out=out, overwrite=earlier)
+    monkeypatch.undo()
+    before = everything(out / "llm")
+    assert cli.main(command({"llm": released["llm"]}, out)) == 0
+    assert f"llm: {out / 'llm'} holds {released['llm']} already" in capsys.readouterr().err
+    assert everything(out / "llm") == before
+    assert read_record(out)["llm"]["source"] == str(released["llm"])
+    import_backbones(llm=make_qwen2(tmp_path / "third", seed=5), out=out, overwrite=True)  # It is ours again.
+
+
+def test_a_part_with_more_in_it_than_this_command_writes_is_not_taken_over(released, tmp_path):
     import_backbones(llm=released["llm"], out=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"llm", "import.json"}
+    (tmp_path / "import.json").unlink()
+    (tmp_path / "llm/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="llm: was not put there by this command"):
+        import_backbones(llm=released["llm"], out=tmp_path, overwrite=True)
+
+
+def test_a_part_that_is_a_link(released, tmp_path, capsys):
+    """It may have been moved to a larger disk. The link is replaced, never what it points to."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    import_backbones(llm=released["llm"], out=out)
+    (out / "llm").rename(elsewhere)
+    (out / "llm").symlink_to(elsewhere)
+    before = everything(elsewhere)
+    assert cli.main(command({"llm": released["llm"]}, out)) == 0
+    assert "already" in capsys.readouterr().err and (out / "llm").is_symlink()
+    other = make_qwen2(tmp_path / "other", seed=9)
+    assert cli.main(command({"llm": other}, out, "--overwrite")) == 0
+    assert not (out / "llm").is_symlink() and everything(elsewhere) == before
+    same(load_qwen2(out / "llm")[1], load_qwen2(other)[1])
+    assert {path.name for path in out.iterdir()} == {"llm", "import.json"}
+    # Without a record, and to nothing.
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "llm").symlink_to(elsewhere)
+    assert cli.main(command({"llm": other}, out, "--overwrite")) == 2
+    assert "llm: was not put there by this command" in capsys.readouterr().err
+    (out / "llm").unlink()
+    (out / "llm").symlink_to(tmp_path / "nowhere")
+    assert cli.main(command({"llm": other}, out, "--overwrite")) == 2
+    assert f"{out}/llm is a link to {tmp_path}/nowhere, where nothing is" in capsys.readouterr().err
+    assert everything(elsewhere) == before
+
+
+def test_out_is_a_link(released, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert cli.main(command({"llm": released["llm"]}, tmp_path / "out")) == 2
+    assert "out is a link to" in capsys.readouterr().err
+    (tmp_path / "nowhere").mkdir()
+    assert cli.main(command({"llm": released["llm"]}, tmp_path / "out")) == 0
+    assert (tmp_path / "nowhere/llm/config.json").is_file()
+
+
+def test_out_is_the_current_folder(released, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        import_backbones(llm=released["llm"], out=".")
+        assert {path.name for path in tmp_path.iterdir()} == {"llm", "import.json"}
 
 
 def test_all_parts_are_checked_before_one_is_written(released, tmp_path, capsys):
@@ -289,12 +407,78 @@ def test_the_feature_layer_of_a_configuration_decides_what_is_kept(released, tmp
 def test_too_little_space(released, tmp_path, monkeypatch):
     def usage(folder):
         assert Path(folder) == tmp_path
-        return shutil._ntuple_diskusage(10**9, 0, import_weights.SPARE_BYTES + 30_000)
+        return shutil._ntuple_diskusage(10**9, 0, SPARE_BYTES + 30_000)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(UserError, match=f"{tmp_path}: 0.1 GB are free, 0.1 GB are needed"):
+    with pytest.raises(
+        UserError,
+        match=rf"{tmp_path}: no room for vision, audio, llm, which takes \d\d\.\d kB: 67.1 MB are free",
+    ):
         import_backbones(**released, out=tmp_path / "a" / "b")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_space_to_convert_in(tmp_path, monkeypatch, capsys):
+    """Told before the process starts."""
+    file = tmp_path / "BEATs.pt"
+    file.write_bytes(bytes(10_000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 0, SPARE_BYTES + 19_999)
+    )
+    monkeypatch.setattr(import_weights, "convert_checkpoint", None)
+    assert cli.main(["import-weights", f"--audio={file}", f"--out={tmp_path / 'out'}"]) == 2
+    assert f"no room for the conversion of {file}, which takes 20.0 kB" in capsys.readouterr().err
+
+
+def fake_conversion(monkeypatch, released) -> None:
+    """Stands for torch: the tensors come from a folder."""
+
+    def convert(file, folder, *, python):
+        assert not list(Path(folder).iterdir())
+        shutil.copytree(released["audio"], folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(import_weights, "convert_checkpoint", convert)
+
+
+@pytest.mark.parametrize("out_there", [True, False])
+def test_leftovers_of_a_killed_conversion_are_removed(released, tmp_path, monkeypatch, out_there):
+    file, out = tmp_path / "BEATs.pt", tmp_path / "out"
+    file.write_bytes(b"whatever")
+    if out_there:
+        out.mkdir()
+
+    def killed(file, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        shutil.copytree(folder, tmp_path / "copy")
+        raise UserError(Path(folder))
+
+    monkeypatch.setattr(import_weights, "convert_checkpoint", killed)
+    with pytest.raises(UserError) as error:
+        import_backbones(audio=file, out=out)
+    (folder,) = error.value.args
+    assert folder.parent == (out if out_there else tmp_path) and not folder.exists()
+    (tmp_path / "copy").rename(folder)
+    other = tmp_path / ".avlm-import-of-another-out"
+    other.mkdir()
+    out.mkdir(exist_ok=True)  # Made by an import of another part.
+    fake_conversion(monkeypatch, released)
+    import_backbones(audio=file, out=out)
+    assert {path.name for path in out.iterdir()} == {"audio", "import.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"BEATs.pt", "out", other.name}
+
+
+def test_the_sizes_of_a_converted_part_are_compared_again(released, tmp_path, monkeypatch, capsys):
+    file, out = tmp_path / "BEATs.pt", tmp_path / "out"
+    file.write_bytes(b"whatever")
+    fake_conversion(monkeypatch, released)
+    argv = ["import-weights", f"--audio={file}", f"--out={out}"]
+    assert cli.main([*argv, "--config", f"{CONFIG}:size=demo", *OVERRIDES]) == 0
+    monkeypatch.setattr(import_weights, "convert_checkpoint", None)
+    assert cli.main([*argv, "--config", f"{CONFIG}:size=demo", *OVERRIDES]) == 0
+    capsys.readouterr()
+    assert cli.main([*argv, "--config", f"{CONFIG}:size=7b"]) == 2
+    told = capsys.readouterr().err
+    assert f"config.model.audio does not fit the checkpoint in {file}: " in told
 
 
 def test_published_preprocessing_is_compared(released, tmp_path, capsys):
@@ -334,15 +518,50 @@ def test_arguments(released, tmp_path, monkeypatch, capsys, arguments, message):
     assert not out.exists()
 
 
-def test_out_is_a_file_or_the_source(released, tmp_path):
+def test_out_is_a_file(released, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; --out names a folder"):
         import_backbones(**released, out=tmp_path / "file")
-    source = make_qwen2(tmp_path / "llm")
+
+
+@pytest.mark.parametrize(
+    "way", ["the part", "another part", "below", "through a link", "links in it", "a .pt"]
+)
+def test_a_source_is_never_deleted(released, tmp_path, monkeypatch, way):
+    """Even where import.json says that the part may be replaced."""
+    out = tmp_path / "out"
+    import_backbones(**released, out=out)
+    part, source = "llm", out / "llm"
+    if way == "another part":
+        source = out / "vision"
+    elif way == "below":
+        source = make_qwen2(out / "llm" / "fine-tuned", seed=9)
+    elif way == "through a link":
+        (tmp_path / "link").symlink_to(out)
+        source = tmp_path / "link" / "llm"
+    elif way == "links in it":
+        source = tmp_path / "linked"
+        source.mkdir()
+        for file in (out / "llm").iterdir():
+            (source / file.name).symlink_to(file)
+    elif way == "a .pt":
+        part, source = "audio", out / "audio" / "BEATs.pt"
+        source.write_bytes(b"whatever")
+        fake_conversion(monkeypatch, released)
     before = everything(tmp_path)
-    with pytest.raises(UserError, match="llm: is where --out wants to put it"):
-        import_backbones(llm=source, out=tmp_path, overwrite=True)
+    with pytest.raises(
+        UserError, match=r"lies in .*/out/(llm|vision|audio), which is --out's own; name another"
+    ):
+        import_backbones(**{part: source}, out=out, overwrite=True)
     assert everything(tmp_path) == before
+
+
+def test_a_source_in_out_beside_the_parts(released, tmp_path):
+    source = make_qwen2(tmp_path / "sources" / "llm")
+    before = everything(source)
+    import_backbones(llm=source, out=tmp_path)
+    import_backbones(llm=make_qwen2(tmp_path / "sources" / "other", seed=9), out=tmp_path, overwrite=True)
+    assert everything(source) == before
 
 
 def test_folders_of_pickles(released, tmp_path):
@@ -359,10 +578,21 @@ def test_folders_of_pickles(released, tmp_path):
         assert message in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format_version": 1}', '{"format_version": 9, "parts": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        '{"format_version": 1}',
+        '{"format_version": 9, "parts": {}}',
+        '{"format_version": 1, "parts": {"llm": 5}}',
+        '{"format_version": 1, "parts": {"llm": {"source": "x", "tensors": 3}}}',
+    ],
+)
 def test_a_record_that_is_none(released, tmp_path, content):
     (tmp_path / "import.json").write_text(content)
-    with pytest.raises(UserError, match="import.json: "):
+    with pytest.raises(UserError, match="import.json: .*[Rr]emove|import.json: .*fetch or copy it again"):
         import_backbones(**released, out=tmp_path)
     assert os.listdir(tmp_path) == ["import.json"]
 

@@ -99,8 +99,18 @@ def test_licence_files_and_sources_of_the_backbones_go_along(tiny, tmp_path):
     for part in ("vision", "audio", "llm"):
         shutil.copytree(tiny.config.init[part], weights / part)
     (weights / "vision" / "LICENSE").write_text("terms")
-    entry = {"source": "google/siglip-so400m-patch14-384@0123abc"}
-    record = {"format_version": 1, "parts": {"vision": entry, "audio": {"source": "/data/BEATs_iter3.pt"}}}
+    counted = {
+        "tensors": 1,
+        "bytes": 4,
+        "sha256": "0" * 64,
+        "dtypes": [],
+        "files": {},
+        "ignored": {},
+        "warnings": [],
+    }
+    sources = {"vision": "google/siglip-so400m-patch14-384@0123abc", "audio": "/data/BEATs_iter3.pt"}
+    parts = {part: {"source": source, **counted} for part, source in sources.items()}
+    record = {"format_version": 1, "parts": parts}
     (weights / "import.json").write_text(json.dumps(record))
     config = apply_overrides(
         tiny.config, [f"init.{part}={weights / part}" for part in ("vision", "audio", "llm")]

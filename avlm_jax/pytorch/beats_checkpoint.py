@@ -10,7 +10,7 @@ A pickle is a program. Before torch sees the file, its instructions are listed a
 a state dict does not need; torch then reads it with `weights_only=True`; where the system allows it, the process gives up
 its network first.
 
-Exit codes: 0 done, 2 the file is refused (the reason is on stderr), 3 no usable torch.
+Exit codes: 0 done, 2 the file is refused or the folder cannot be written (the reason is on stderr), 3 no usable torch.
 """
 
 from __future__ import annotations
@@ -65,6 +65,12 @@ def main() -> int:
         print(convert(args.file, args.folder))
     except Refused as error:
         print(error, file=sys.stderr)
+        return REFUSED
+    except OSError as error:  # A full disk does not name a file.
+        print(
+            f"{args.file}: cannot be converted ({error.filename or args.folder}: {error.strerror})",
+            file=sys.stderr,
+        )
         return REFUSED
     except ImportError as error:
         print(f'{error}; this conversion needs pip install "torch>=2.10"', file=sys.stderr)

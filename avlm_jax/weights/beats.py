@@ -7,7 +7,6 @@ process of its own; nothing here ever reads a pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 
 from avlm_jax.encoders.beats import BeatsClassifier, BeatsConfig, BeatsEncoder
 from avlm_jax.weights import safetensors_io
+from avlm_jax.weights.json_file import file_sha256, read_json_object
 from avlm_jax.weights.table import (
     IDENTITY,
     TRANSPOSE,
@@ -125,16 +125,7 @@ def read_config(directory: str | Path) -> tuple[BeatsConfig, int | None]:
         ValueError: config.json is missing, is no cfg of BEATs, or asks for something this encoder cannot do.
     """
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: missing; a BEATs folder holds its cfg as config.json beside model.safetensors"
-        )
-    try:
-        cfg = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no valid JSON ({error})") from None
-    if not isinstance(cfg, dict):
-        raise ValueError(f"{file}: holds a {type(cfg).__name__}, not the keys of a BEATs cfg")
+    cfg = read_json_object(file, "a BEATs folder holds its cfg as config.json beside model.safetensors")
     for key, (wanted, default) in _REQUIRED.items():
         if cfg.get(key, default) != wanted:
             raise ValueError(f"{file}: {key} is {cfg.get(key, default)!r}; only {wanted!r} is supported")
@@ -181,10 +172,12 @@ def load_beats(
     return config, plan.read(), plan.report()
 
 
-def save_beats(directory: str | Path, config: BeatsConfig, params: Mapping[str, Any]) -> None:
+def save_beats(
+    directory: str | Path, config: BeatsConfig, params: Mapping[str, Any], label: str = ""
+) -> None:
     """Writes config.json and safetensors, of `BeatsClassifier` if the parameters have a predictor.
 
-    torch reads them with `BEATs(BEATsConfig(cfg)).load_state_dict(...)`.
+    With a label it shows its progress. torch reads them with `BEATs(BEATsConfig(cfg)).load_state_dict(...)`.
 
     Raises:
         WeightError: the parameters are neither model's for this config.
@@ -196,14 +189,8 @@ def save_beats(directory: str | Path, config: BeatsConfig, params: Mapping[str, 
     cfg |= {"model_type": "beats", "num_mel_bins": config.num_mel, "finetuned_model": classifier}
     if classifier:
         cfg["predictor_class"] = int(params["predictor"]["bias"].shape[0])
-    safetensors_io.write_folder(directory, tensors)
+    safetensors_io.write_folder(directory, tensors, label=label)
     (Path(directory) / "config.json").write_text(json.dumps(cfg, indent=2, sort_keys=True) + "\n")
-
-
-def file_sha256(file: str | Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def convert_checkpoint(
@@ -281,7 +268,6 @@ def convert_checkpoint(
         if done.returncode < 0:
             how = f"killed by {signal.Signals(-done.returncode).name}"
         raise ConversionError(f"{file}: its conversion failed, {how}: {told[-500:] or 'no message'}")
-    written = json.loads((folder / "config.json").read_text())["source_sha256"]
-    if written != digest:
+    if read_json_object(folder / "config.json").get("source_sha256") != digest:
         raise ConversionError(f"{file}: changed while it was being converted")
     return digest

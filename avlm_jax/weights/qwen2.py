@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from avlm_jax.weights import safetensors_io
+from avlm_jax.weights.json_file import read_json_object
 from avlm_jax.weights.table import (
     TRANSPOSE,
     Ignored,
@@ -116,16 +117,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
         ValueError: config.json is missing, lacks a size, or asks for something the decoder cannot do.
     """
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{file}: missing; a language model's folder holds config.json beside its safetensors"
-        )
-    try:
-        hf = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no valid JSON ({error})") from None
-    if not isinstance(hf, dict):
-        raise ValueError(f"{file}: holds a {type(hf).__name__}, not the keys of a model")
+    hf = read_json_object(file, "a language model's folder holds config.json beside its safetensors")
     if hf.get("model_type") not in ("qwen2", "llama"):
         raise ValueError(f"{file}: model_type is {hf.get('model_type')!r}; known: qwen2, llama")
     if hf["model_type"] == "llama":
@@ -192,8 +184,11 @@ def save_qwen2(
     hf_config: Mapping[str, Any],
     params: Mapping[str, Any],
     max_shard_bytes: int = safetensors_io.MAX_SHARD_BYTES,
+    label: str = "",
 ) -> None:
     """Writes config.json and (sharded) safetensors that transformers' `from_pretrained` reads.
+
+    With a label it shows its progress.
 
     Raises:
         WeightError: the parameters are not those of hf_config, adapters included.
@@ -203,5 +198,5 @@ def save_qwen2(
     hf.setdefault("architectures", [architecture])
     # What transformers loads it as; releases before 5 know the key by its older name.
     hf["dtype"] = hf["torch_dtype"] = str(np.dtype(params["embed"]["embedding"].dtype))
-    safetensors_io.write_folder(directory, export_params(qwen2_table(hf), params), max_shard_bytes)
+    safetensors_io.write_folder(directory, export_params(qwen2_table(hf), params), max_shard_bytes, label)
     (Path(directory) / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")

@@ -9,11 +9,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from avlm_jax.weights.json_file import read_json_object
 from input_pipeline.errors import UserError
 
 PARTS = ("vision", "audio", "llm")
 RECORD = "import.json"
 FORMAT_VERSION = 1
+# What every part's entry has; source_sha256 stands beside it where the source was a .pt.
+_FIELDS = {
+    "source": str, "tensors": int, "bytes": int, "sha256": str, "dtypes": list, "files": dict, "ignored": dict,
+    "warnings": list,
+}  # fmt: skip
+_REMEDY = "Remove the file; an import of the same weights will write it again"
 
 
 class RecordError(UserError):
@@ -24,20 +31,23 @@ def read_record(folder: str | Path) -> dict[str, dict[str, Any]]:
     """By part, in the order of `PARTS`, what import.json says of the parts that are there; {} without the file.
 
     Raises:
-        RecordError: it is not a file of this program.
+        RecordError, JsonFileError: it is not a file of this program.
     """
     file = Path(folder) / RECORD
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version, parts = content["format_version"], dict(content["parts"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecordError(
-            f"{file}: not a record of avlm import-weights ({error!r}); remove it, and import with --overwrite"
-        ) from None
+    content = read_json_object(file)
+    version, parts = content.get("format_version"), content.get("parts")
     if version != FORMAT_VERSION:
-        raise RecordError(f"{file}: format_version is {version!r}; this program knows {FORMAT_VERSION}")
+        raise RecordError(
+            f"{file}: format_version is {version!r}; this program knows {FORMAT_VERSION}. {_REMEDY}"
+        )
+    if not isinstance(parts, dict):
+        raise RecordError(f"{file}: its parts are {parts!r:.80}, not keys and values. {_REMEDY}")
+    for part, entry in parts.items():
+        for key, kind in _FIELDS.items():
+            if not isinstance(entry, dict) or type(entry.get(key)) is not kind:
+                raise RecordError(f"{file}: {part} has no {key} ({kind.__name__}). {_REMEDY}")
     return {part: parts[part] for part in PARTS if part in parts and (Path(folder) / part).is_dir()}
 
 

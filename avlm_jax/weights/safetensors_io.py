@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from input_pipeline.errors import UserError
+from input_pipeline.progress import track
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -200,10 +201,14 @@ def read_folder(path: str | os.PathLike) -> dict[str, StoredTensor]:
             f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE} (found: {found or 'nothing'})"
         )
     try:
-        weight_map = json.loads(index.read_text(), object_pairs_hook=_unique_pairs)["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique_pairs)[
+            "weight_map"
+        ]
         shards = {name: str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SafetensorsError(f"{index}: not an index with a weight_map ({error!r})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SafetensorsError(
+            f"{index}: not an index with a weight_map ({error!r}); fetch it again"
+        ) from None
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(shards.values())):
         if Path(shard).name != shard:
@@ -222,12 +227,15 @@ def read_folder(path: str | os.PathLike) -> dict[str, StoredTensor]:
 
 
 def write_file(
-    file: str | os.PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+    file: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    written: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes `tensors` (anything with shape, dtype and `np.asarray`) to one file, one at a time.
 
     The file appears under its name only when it is complete. The default metadata {"format": "pt"} is what
-    transformers wants to see.
+    transformers wants to see. `written` is called after every tensor.
 
     Raises:
         SafetensorsError: a dtype that the format does not know.
@@ -256,17 +264,21 @@ def write_file(
                 handle.write(np.ascontiguousarray(np.asarray(tensors[name])).reshape(-1).view(np.uint8).data)
                 if hasattr(tensors[name], "release"):  # Of another file: its pages have done their work.
                     tensors[name].release()
+                written()
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_folder(
-    directory: str | os.PathLike, tensors: Mapping[str, Any], max_shard_bytes: int = MAX_SHARD_BYTES
+    directory: str | os.PathLike,
+    tensors: Mapping[str, Any],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    label: str = "",
 ) -> list[Path]:
     """Writes `tensors` as `model.safetensors`, or as numbered shards with an index if they exceed a shard.
 
-    Returns the files written. Raises SafetensorsError as `write_file`.
+    With a label it shows its progress. Returns the files written. Raises SafetensorsError as `write_file`.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -286,8 +298,10 @@ def write_folder(
         files = [
             directory / f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)
         ]
+    ticks = track(range(len(tensors)), label=label, unit="tensors") if label else iter(())
+    next(ticks, None)  # The clock runs.
     for file, names in zip(files, shards, strict=True):
-        write_file(file, {name: tensors[name] for name in names})
+        write_file(file, {name: tensors[name] for name in names}, written=lambda: next(ticks, None))
     written = list(files)
     if len(shards) > 1:
         weight_map = {name: file.name for file, names in zip(files, shards, strict=True) for name in names}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder, SiglipPooledModel
 from avlm_jax.weights import safetensors_io
+from avlm_jax.weights.json_file import read_json_object
 from avlm_jax.weights.table import (
     IDENTITY,
     TRANSPOSE,
@@ -115,14 +116,9 @@ def read_config(directory: str | Path, feature_layer: int | None = None) -> Sigl
         ValueError: config.json is missing or no SigLIP's, or asks for something this tower cannot do.
     """
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: missing; a SigLIP folder holds config.json beside its safetensors")
-    try:
-        hf = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no valid JSON ({error})") from None
-    if not isinstance(hf, dict) or not isinstance(hf.get("vision_config", {}), dict):
-        raise ValueError(f"{file}: not the keys and values of a model")
+    hf = read_json_object(file, "a SigLIP folder holds config.json beside its safetensors")
+    if not isinstance(hf.get("vision_config", {}), dict):
+        raise ValueError(f"{file}: vision_config is {hf['vision_config']!r}, not the keys of a model")
     hf = {**hf.get("vision_config", {}), "model_type": "siglip_vision_model"} if "vision_config" in hf else hf
     if hf.get("model_type") != "siglip_vision_model":
         raise ValueError(
@@ -174,11 +170,14 @@ def load_siglip(
     return config, plan.read(), plan.report()
 
 
-def save_siglip(directory: str | Path, config: SiglipConfig, params: Mapping[str, Any]) -> None:
+def save_siglip(
+    directory: str | Path, config: SiglipConfig, params: Mapping[str, Any], label: str = ""
+) -> None:
     """Writes config.json and safetensors as SiglipVisionModel's.
 
     Parameters of `SiglipPooledModel` give a complete model. Those of `SiglipEncoder` give the layers they
-    have: `load_siglip` reads them back, and transformers would report the rest as newly initialised.
+    have: `load_siglip` reads them back, and transformers would report the rest as newly initialised. With a label it shows
+    its progress.
 
     Raises:
         WeightError: the parameters are neither's for this config.
@@ -195,5 +194,5 @@ def save_siglip(directory: str | Path, config: SiglipConfig, params: Mapping[str
         "vision_use_head": True,
         "feature_layer": config.feature_layer,
     }
-    safetensors_io.write_folder(directory, tensors)
+    safetensors_io.write_folder(directory, tensors, label=label)
     (Path(directory) / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")

@@ -377,7 +377,12 @@ def _defer(row: Row, leaves: list[Any], layer: int) -> Deferred:
         parts = (np.asarray(leaf[layer] if row.stacked else leaf) for leaf in leaves)
         return row.transform.theirs(*parts)
 
-    return Deferred(shape, dtype, make)
+    def release() -> None:
+        for leaf in leaves:
+            if hasattr(leaf, "release"):  # Of a file.
+                leaf.release(layer if row.stacked else 0)
+
+    return Deferred(shape, dtype, make, release)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

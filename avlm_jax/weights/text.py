@@ -4,12 +4,12 @@ with another tokenizer runs and talks nonsense.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from avlm_jax.weights.json_file import read_json_object
 from input_pipeline.conversation import (
     ChatMLTemplate,
     Control,
@@ -62,6 +62,7 @@ def check_tokenizer(folder: str | Path, hf_config: Mapping[str, Any]) -> list[st
         TokenizerError: tokenizer.json is missing or broken; it has ids beyond the embedding table, or so few
             that it must be another model's; a control id of the model is no control token in it; a Qwen2
             tokenizer lacks the tokens of ChatML.
+        JsonFileError: tokenizer_config.json, added_tokens.json or generation_config.json holds no JSON object.
     """
     folder = Path(folder)
     if not (folder / TOKENIZER).is_file():
@@ -123,15 +124,7 @@ def _load(folder: Path) -> PreTrainedTokenizerFast:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """The object in a file, {} where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file}: no valid JSON ({error}); fetch it again") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{file}: holds a {type(value).__name__}, not an object")
-    return value
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _check_rows(folder: Path, vocabulary: Mapping[str, int], rows: int) -> None:

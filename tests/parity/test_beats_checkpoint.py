@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,7 +16,8 @@ torch = pytest.importorskip("torch")
 
 from avlm_jax import cli  # noqa: E402
 from avlm_jax.weights import beats, safetensors_io  # noqa: E402
-from avlm_jax.weights.beats import file_sha256, load_beats  # noqa: E402
+from avlm_jax.weights.beats import load_beats  # noqa: E402
+from avlm_jax.weights.json_file import file_sha256  # noqa: E402
 from avlm_jax.weights.record import read_record  # noqa: E402
 from avlm_jax.weights.table import export_params, flatten  # noqa: E402
 from tests.released_folders import BEATS, TAGS, fill, make_qwen2  # noqa: E402
@@ -165,6 +167,19 @@ def test_a_truncated_checkpoint(tmp_path, capsys, zipped, kept):
     told = capsys.readouterr().err
     assert f"{file}: " in told and "fetch the file again" in told
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_full_disk(tmp_path, capsys):
+    """It is full for the process that converts, told in one line."""
+    file, python = tmp_path / "BEATs.pt", tmp_path / "python"
+    torch.save(checkpoint(None)[0], file)
+    python.write_text(f'#!/bin/sh\nulimit -f 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    argv = ["import-weights", f"--audio={file}", f"--out={tmp_path / 'out'}", f"--torch-python={python}"]
+    assert cli.main(argv) == 2
+    told = capsys.readouterr().err
+    assert f"{file}: cannot be converted (" in told and "File too large" in told and "Traceback" not in told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["BEATs.pt", "python"]
 
 
 def test_a_flipped_bit(tmp_path, capsys):

@@ -84,6 +84,24 @@ def test_a_crash_is_relayed(tmp_path, file):
         )
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "FOLDER: No space left on device"),
+        (PermissionError(13, "Permission denied", "FOLDER/x"), "FOLDER/x: Permission denied"),
+    ],
+)
+def test_a_disk_that_does_not_take_it(script, monkeypatch, capsys, error, message):
+    def convert(*_):
+        raise error
+
+    monkeypatch.setattr(script, "convert", convert)
+    monkeypatch.setattr(script, "give_up_network", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["beats_checkpoint.py", "BEATs.pt", "FOLDER"])
+    assert script.main() == script.REFUSED
+    assert capsys.readouterr().err == f"BEATs.pt: cannot be converted ({message})\n"
+
+
 @pytest.mark.parametrize("version", ["1.13.1", "2.5.1+cu121", "2.9.1"])
 def test_an_old_torch_never_sees_the_file(script, monkeypatch, file, version):
     seen = []

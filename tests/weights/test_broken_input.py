@@ -175,7 +175,15 @@ def test_shards_of_two_models(copies, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"weight_map": 5}', '{"weight_map": {"a": "../../etc/passwd"}}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"weight_map": 5}',
+        '{"weight_map": {"a": "../../etc/passwd"}}',
+        "[" * 100_000,
+        '{"weight_map":' * 100_000,
+    ],
 )
 def test_a_broken_index(copies, refused, content):
     (copies["llm"] / INDEX).write_text(content)

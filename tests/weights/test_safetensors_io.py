@@ -180,3 +180,12 @@ def test_reading_is_lazy(tmp_path):
     assert view.base is not None and tensor.nbytes == big.nbytes
     np.testing.assert_array_equal(view[700, 5:9], big[700, 5:9])
     assert np.asarray(tensor, dtype=np.float64).dtype == np.float64
+
+
+def test_progress_counts_tensors(tmp_path, capsys):
+    write_folder(tmp_path, some_tensors(), max_shard_bytes=60, label="writing")
+    assert "writing: 6 tensors done in " in capsys.readouterr().err
+    write_folder(tmp_path, {}, label="writing")
+    assert "writing: 0 tensors done in " in capsys.readouterr().err
+    write_folder(tmp_path, some_tensors())
+    assert capsys.readouterr().err == ""

@@ -313,12 +313,9 @@ def _write(
             if file.is_file() and file.name.startswith(("LICENSE", "NOTICE")):
                 shutil.copyfile(file, folder / part / file.name)
     if adapter:
-        name = model_card.backbone_sources(export)["llm"].partition("@")[
-            0
-        ]  # A hub's owner/name, where it is known.
-        save_adapter(
-            folder / ADAPTER, system.llm_config.lora, trees["adapter"], name if "/" in name else None
-        )
+        source = model_card.backbone_sources(export)["llm"].partition("@")[0]
+        base = source if "/" in source else None  # A hub's owner/name, where it is known.
+        save_adapter(folder / ADAPTER, system.llm_config.lora, trees["adapter"], base)
     _write_json(folder / "llm" / "generation_config.json", generation_config(export))
     faithful = copy_tokenizer(Path(config.text.tokenizer), folder / "llm")
     _write_json(folder / MODEL_CONFIG, model_config(export, adapter, metadata))

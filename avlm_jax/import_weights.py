@@ -382,7 +382,7 @@ def _compare_with_present(
 ) -> Planned:
     """`plan`, marked as present if `out` holds just that; UserError if it holds something that must stay."""
     target = out / plan.part
-    if plan.present or (is_vacant(target) and not target.is_symlink()):
+    if plan.present or is_vacant(target):
         return plan
     wanted = plan.record()
     recorded = record is not None and all(record[key] == wanted[key] for key in ("sha256", "files"))

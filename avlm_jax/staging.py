@@ -57,8 +57,8 @@ def check_out(out: str | Path, sources: Iterable[str | Path] = (), *, overwrite:
             )
     if overwrite and not is_vacant(out) and _stays(out):
         raise StagingError(
-            f"{out} is the current folder or a mount point, so what it holds cannot be replaced in one step; choose "
-            "another --out, or empty it first"
+            f"{out} is the current folder or a mount point, or lies where nothing may be renamed, so what it holds cannot "
+            "be replaced in one step; choose another --out, or empty it first"
         )
 
 
@@ -125,8 +125,9 @@ def staged(target: str | Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
     """Gives an empty folder that takes the place of `target` when the block ends without an error, else it is removed.
 
     That is one rename, or two where `target` exists: it becomes `.NAME.old` and is removed when the new folder
-    stands. A link is replaced, what it points to is left alone. An empty folder that cannot be renamed over (the current
-    one, a mount point, one in a folder that may not be written) is filled instead, entry by entry.
+    stands. A link to an empty folder is followed; another link is replaced, and what it points to is left alone. An empty
+    folder that cannot be renamed over (the current one, a mount point, one in a folder that may not be written) is filled
+    instead, entry by entry.
 
     Args:
         target: the folder to be; see `check_out`.
@@ -136,6 +137,8 @@ def staged(target: str | Path, *, last: Sequence[str] = ()) -> Iterator[Path]:
         OSError: the disk. An earlier folder is in its place then.
     """
     target = _named(Path(target))
+    if target.is_dir() and is_vacant(target):
+        target = target.resolve()
     restore(target)
     filled = _stays(target) and is_vacant(target)
     partial = _inside(target) if filled else _beside(target, "partial")
@@ -158,9 +161,8 @@ def remove(path: Path) -> None:
     """Removes a folder with what is in it, a file, or a link without what it points to; nothing if there is none."""
     if _is_folder(path):
         shutil.rmtree(path)
-    elif os.path.lexists(
-        path
-    ):  # On a read-only disk unlink would complain of that and not of the missing file.
+    elif os.path.lexists(path):
+        # Asked first, since on a read-only disk unlink complains of that even where there is no file.
         path.unlink()
 
 

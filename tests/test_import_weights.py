@@ -342,6 +342,9 @@ def test_a_part_that_is_a_link(released, tmp_path, capsys):
     assert cli.main(command({"llm": other}, out, "--overwrite")) == 2
     assert f"{out}/llm is a link to {tmp_path}/nowhere, where nothing is" in capsys.readouterr().err
     assert everything(elsewhere) == before
+    (tmp_path / "nowhere").mkdir()
+    assert cli.main(command({"llm": other}, out)) == 0
+    assert (out / "llm").is_symlink() and (tmp_path / "nowhere/config.json").is_file()
 
 
 def test_out_is_a_link(released, tmp_path, capsys):

@@ -143,9 +143,28 @@ def test_what_makes_a_filled_folder_valid_comes_last(tmp_path, monkeypatch):
 
 def test_a_folder_in_one_that_is_read_only_is_filled(tmp_path, monkeypatch):
     target = make(tmp_path / "out")
+    inode = target.stat().st_ino
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     put(target)
-    assert tree(target) == NEW and os.listdir(tmp_path) == ["out"]
+    assert tree(target) == NEW and os.listdir(tmp_path) == ["out"] and target.stat().st_ino == inode
+
+
+def test_a_link_to_an_empty_folder_is_followed(tmp_path):
+    """Somebody has made room elsewhere."""
+    room, elsewhere = make(tmp_path / "room"), make(tmp_path / "disk" / "elsewhere")
+    (room / "out").symlink_to(elsewhere)
+    put(room / "out")
+    assert (room / "out").is_symlink() and tree(elsewhere) == NEW
+    assert os.listdir(room) == ["out"] and os.listdir(tmp_path / "disk") == ["elsewhere"]
+
+
+def test_on_a_read_only_disk_nothing_is_missing_to_remove(tmp_path, monkeypatch):
+    def unlink(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    put(tmp_path / "out")
+    assert tree(tmp_path / "out") == NEW
 
 
 def test_mount_points_are_known_by_the_kernels_list(tmp_path, monkeypatch):

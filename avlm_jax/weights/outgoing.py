@@ -10,8 +10,34 @@ import numpy as np
 from avlm_jax.lora import Updates, merge_kernel
 from avlm_jax.weights.stored import StoredLeaf
 from avlm_jax.weights.table import WeightError
+from input_pipeline.progress import track
 
 Merge = tuple[Updates, float]  # Updates that are added together, and the scale of each.
+
+
+class Passage:
+    """Gives the pages of the tensor before back to the system, and counts."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._ticks = track(range(total), total, label, "tensors")
+        self._behind: Any = None
+
+    def read(self, leaf: StoredLeaf, layer: int) -> np.ndarray:
+        """One layer (0 if not stacked), a view of the file where the layout allows."""
+        tensor = leaf.tensors[leaf.names[layer]]
+        self._release()
+        self._behind = tensor
+        next(self._ticks, None)
+        return leaf.transform.ours(np.asarray(tensor))[leaf.part]
+
+    def close(self) -> None:
+        self._release()
+        for _ in self._ticks:
+            pass
+
+    def _release(self) -> None:
+        if hasattr(self._behind, "release"):
+            self._behind.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +50,14 @@ class Outgoing:
         learnt: what replaces it, or None.
         merges: added one after the other, each rounded to the kernel's own dtype: retired adapters first, since a
             fresh adapter was trained on their rounded sum.
+        passage: see there.
     """
 
     path: str
     stored: StoredLeaf
     learnt: np.ndarray | None
     merges: tuple[Merge, ...]
+    passage: Passage
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,15 +77,10 @@ class Outgoing:
             raise TypeError(f"{self.path} is read by layer, so that only one is in memory")
         return self._make(None)
 
-    def release(self, layer: int) -> None:
-        """Gives the pages of one layer (0 if not stacked) back to the system."""
-        self.stored.release(layer)
-
     def _make(self, layer: int | None) -> np.ndarray:
+        kernel = self.passage.read(self.stored, layer or 0)
         if self.learnt is not None:
             kernel = self.learnt if layer is None else self.learnt[layer]
-        else:
-            kernel = self.stored.view(layer or 0)
         if self.learnt is None and not self.merges:
             return kernel
         with np.errstate(over="ignore"):  # Told below, with a name.

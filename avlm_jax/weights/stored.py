@@ -28,18 +28,11 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A tensor that is made when somebody looks: `np.asarray(tensor)`. Files of any size are written so.
-
-    Attributes:
-        shape, dtype: of what `make` gives.
-        make: computes it.
-        release: gives back the memory of what it was made of; `safetensors_io.write_file` calls it.
-    """
+    """A tensor that is made when somebody looks: `np.asarray(tensor)`. Files of any size are written so."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     make: Callable[[], np.ndarray]
-    release: Callable[[], object] = lambda: None
 
     @property
     def nbytes(self) -> int:
@@ -71,21 +64,14 @@ class StoredLeaf:
     part: int
     tensors: Mapping[str, Any] = dataclasses.field(repr=False)
 
-    def view(self, layer: int) -> np.ndarray:
-        """One layer (0 if not stacked), a view of the file where the layout allows."""
+    def _view(self, layer: int) -> np.ndarray:
         return self.transform.ours(np.asarray(self.tensors[self.names[layer]]))[self.part]
 
     def __getitem__(self, layer: int) -> np.ndarray:
         """One layer of a stacked parameter, a view of the file where the layout allows."""
         if not self.stacked:
             raise TypeError("only stacked parameters have layers")
-        return self.view(layer)
-
-    def release(self, layer: int) -> None:
-        """Gives the pages of one layer (0 if not stacked) back to the system."""
-        tensor = self.tensors[self.names[layer]]
-        if isinstance(tensor, StoredTensor):
-            tensor.release()
+        return self._view(layer)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read(dtype=dtype)
@@ -111,7 +97,7 @@ class StoredLeaf:
         """out[...] = one layer's slice, in blocks that lie together in the file, giving pages back after each."""
         tensor = self.tensors[self.names[layer]]
         release = tensor.release if isinstance(tensor, StoredTensor) else lambda: None
-        view = self.view(layer)[index]
+        view = self._view(layer)[index]
         if out.dtype == view.dtype and out.dtype.itemsize in _UNSIGNED:
             # Numpy moves types it does not know (bfloat16) one by one; as integers they go faster.
             unsigned = _UNSIGNED[out.dtype.itemsize]

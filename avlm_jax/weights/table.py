@@ -377,12 +377,7 @@ def _defer(row: Row, leaves: list[Any], layer: int) -> Deferred:
         parts = (np.asarray(leaf[layer] if row.stacked else leaf) for leaf in leaves)
         return row.transform.theirs(*parts)
 
-    def release() -> None:
-        for leaf in leaves:
-            if hasattr(leaf, "release"):  # Of a file.
-                leaf.release(layer if row.stacked else 0)
-
-    return Deferred(shape, dtype, make, release)
+    return Deferred(shape, dtype, make)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--config", DEMO, "--config.stage.2b.batchsize=8"], "did you mean 'stage.2b.batch_size'?"),
         (["--config", DEMO, "--config.stage.1a.steps=many"], "config.stage.1a.steps is int"),
         (["--config", f"{CONFIG}:sise=demo"], "did you mean 'size'?"),
-        (["--config", f"{CONFIG}:size=8b"], "unknown size '8b'; known: demo, 7b"),
+        (["--config", f"{CONFIG}:size=8b"], "unknown size '8b'; known: demo, 0.5b, 1.5b, 7b"),
         (["--config", f"{CONFIG}:size=7b,stage=3"], "unknown stage '3'; known: 1a, 1b, 2a, 2b"),
         (["--config", str(CONFIG).replace("savenvideo", "savenvidoe")], "savenvideo.py"),
         (["--config", DEMO, "--config.text.tokenizer=no/such/folder"], "no/such/folder"),

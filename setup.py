@@ -32,6 +32,7 @@ CORE = [
     "jax>=0.11.1,<0.13; python_version >= '3.12'",
     "flax>=0.12.12,<0.13; python_version >= '3.12'",
     "absl-py>=2.3,<3",
+    "apache-beam>=2.77,<3",  # Runs `avlm prepare`, here or on Dataflow, Flink and Spark.
     "array_record>=0.8.3,<0.9",
     # FFmpeg before 8.1.2 has known holes (CVE-2026-8461); PyAV 18.1 is the first to bring 8.1.2.
     "av>=18.1,<20",
@@ -61,9 +62,11 @@ EXTRAS = {
     "gpu": ["jax[cuda12]"],
     # Peers of the parity tests, and what an exported model runs on.
     "torch": ["torch==2.13.0", "kaldi-native-fbank>=1.22,<1.23", "peft>=0.18", "speechbrain>=1.0.3,<2"],
-    "beam": ["apache-beam>=2.77,<3"],
+    # gs:// paths and the Dataflow runner.
+    "gcp": ["apache-beam[gcp]>=2.77,<3", "gcsfs"],
     "wandb": ["wandb>=0.22,<1"],
     "dev": [
+        "hypothesis>=6.150,<7",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17.5,<0.18",

@@ -10,7 +10,7 @@ What it reads (tensorflow-io 0.37.1, TensorFlow 2.16.2, each measured against Py
     WAV, floating point of 32 bits     the same samples
     FLAC, 16 and 24 bits               the same samples; damage is found by the MD5 of the samples, which
                                        tensorflow-io itself does not look at (without an MD5: refused)
-    MP3                                within 2e-6, the encoder's delay left out as PyAV does
+    MP3                                within 3e-6, the encoder's delay left out as PyAV does
     Ogg Vorbis                         within 2e-7
     WAV, integers of 32 bits           refused: tensorflow-io would read them as floating point
     WAV, other codecs; FLAC in Ogg;    refused: tensorflow-io does not open them

@@ -86,5 +86,5 @@ $(UV):
 	@.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
 
 clean:  ## remove environments, caches and build leftovers; runs/ and data stay
-	@rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	@rm -rf $(VENV) $(PARITY) .venv-tfio .cache .pytest_cache .ruff_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -186,20 +186,17 @@ def check_media() -> Iterator[Check]:
 def check_tfio(python: str | None = None) -> Iterator[Check]:
     """The environment of the tensorflow-io audio backend, where there is one; it is started."""
     try:
-        from input_pipeline.tfio_audio import DEFAULT_PYTHON, PYTHON_VARIABLE, TfioAudio
+        from input_pipeline.tfio_audio import DEFAULT_PYTHON, PYTHON_VARIABLE, backend_versions
     except ImportError:
         return  # PyAV cannot be imported, which has its own line.
     python = python or os.environ.get(PYTHON_VARIABLE) or DEFAULT_PYTHON
     if python == DEFAULT_PYTHON and not Path(python).exists():
         return
-    backend = TfioAudio(python)
     try:
-        versions = backend.start()
+        versions = backend_versions(python)
     except UserError as error:
         yield Check("tfio backend", f"broken: {error}", PROBLEM, "build it anew, or remove its folder")
         return
-    finally:
-        backend.close()
     yield Check(
         "tfio backend",
         f"tensorflow-io {versions['tensorflow_io']} with tensorflow {versions['tensorflow']} and Python "

@@ -21,8 +21,9 @@ At 16 kHz that is all. Other rates go through tfio.audio.resample, whose low-pas
 44.1 or 48 kHz it is 2 dB down between 7.0 and 7.5 kHz and 14 dB above, from 8 kHz likewise from 3.5 kHz on; below
 that the two agree. Times agree to the sample.
 
-Its decoders are from 2024 and see no repairs, and a process of its own is no sandbox: PyAV is the reader for
-files from strangers, and the default.
+Its decoders are from 2024 and see no repairs: damaged FLAC and WAV files have sent them into endless loops and
+crashes, which cost the file alone, and some damage inside an MP3 at which PyAV stops passes as noise. A process of
+its own is no sandbox. PyAV is the reader for files from strangers, and the default.
 """
 
 from __future__ import annotations
@@ -70,6 +71,21 @@ def tfio_python(chosen: str | None = None) -> str:
     return path
 
 
+def backend_versions(python: str) -> dict[str, str]:
+    """Versions of "python", "tensorflow" and "tensorflow_io" in an environment, which is started and ended.
+
+    They decide on the samples, so that records say which they were.
+
+    Raises:
+        UserError: there is no such Python, or it cannot run tensorflow-io.
+    """
+    reader = TfioAudio(python)
+    try:
+        return reader.start()
+    finally:
+        reader.close()
+
+
 class TfioAudio:
     """Reads the sound of one file at a time; an `audio_reader` of `load_media`.
 
@@ -88,11 +104,7 @@ class TfioAudio:
         self._worker = Worker([python, "-I", os.fspath(WORKER)])
 
     def start(self) -> dict[str, str]:
-        """Starts the process and returns the versions of "python", "tensorflow" and "tensorflow_io".
-
-        Raises:
-            UserError: there is no such Python, or it cannot run tensorflow-io.
-        """
+        """Starts the process unless it runs; returns and raises as `backend_versions`."""
         try:
             return json.loads(self._worker.run(b"{}", VERSIONS_SECONDS))
         except OSError as error:

@@ -76,7 +76,7 @@ def test_the_tfio_environment_is_reported_where_there_is_one(
 ) -> None:
     assert list(doctor.check_tfio()) == []
     versions = {"tensorflow_io": "0.37.1", "tensorflow": "2.16.2", "python": "3.11.7"}
-    monkeypatch.setattr(tfio_audio.TfioAudio, "start", lambda self: versions)
+    monkeypatch.setattr(tfio_audio, "backend_versions", lambda python: versions)
     (tmp_path / ".venv-tfio" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-tfio" / "bin" / "python").touch()
     (check,) = doctor.check_tfio()

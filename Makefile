@@ -67,20 +67,24 @@ format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	@$(RUN) -m ruff format --quiet .
 
 # uv resolves for Pythons other than the one it runs on. UPGRADE=--upgrade takes newer versions where setup.py allows
-# them; without it only what setup.py newly asks for changes. The 3.12 lock also serves newer Pythons.
+# them; without it only what setup.py newly asks for changes. The 3.12 lock also serves newer Pythons; that of
+# tensorflow-io's own environment serves 3.11 and 3.12, the last that it has wheels for.
 UPGRADE ?=
 UV := .cache/uv/bin/uv
-lock: $(UV)  ## resolve setup.py's dependencies into requirements/lock-py*.txt again
+lock: $(UV)  ## resolve setup.py's and tfio.in's dependencies into requirements/*.txt again
 	@for version in 3.11 3.12; do \
 	  $(UV) pip compile setup.py --extra dev --no-config --quiet --generate-hashes $(UPGRADE) \
 	    --python-version $$version --python-platform linux --custom-compile-command "make lock" \
 	    --output-file requirements/lock-py$$(echo $$version | tr -d .).txt || exit 1; \
 	done
+	@$(UV) pip compile requirements/tfio.in --no-config --quiet --generate-hashes $(UPGRADE) \
+	  --python-version 3.11 --python-platform linux --custom-compile-command "make lock" \
+	  --output-file requirements/tfio-py311.txt
 
 $(UV):
 	@$(PYTHON) -m venv .cache/uv
 	@.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
 
 clean:  ## remove environments, caches and build leftovers; runs/ and data stay
-	@rm -rf $(VENV) $(PARITY) .cache .pytest_cache .ruff_cache build dist *.egg-info
+	@rm -rf $(VENV) $(PARITY) .venv-tfio .cache .pytest_cache .ruff_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
 """Checks this installation: versions that fit together, the media library, devices, memory, and known traps.
 
-Nothing is changed. The exit code is 1 if something would keep avlm from working or makes it unsafe.
+Nothing is changed, but for the environment that --make-tfio-venv asks for. The exit code is 1 if something would
+keep avlm from working or makes it unsafe.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from avlm_jax import __version__
+from input_pipeline.errors import UserError
 
 EPILOG = """examples:
   avlm doctor
   avlm doctor --json > doctor.json      to attach to a report of a problem
+  avlm doctor --make-tfio-venv          build .venv-tfio for `avlm prepare --audio-backend tfio`
 """
 
 PACKAGES = (
@@ -31,6 +36,7 @@ PACKAGES = (
     "orbax-checkpoint",
     "grain",
     "array_record",
+    "apache-beam",
     "av",
     "numpy",
     "transformers",
@@ -43,6 +49,8 @@ OLDEST_FFMPEG = (8, 1, 2)  # Older ones write out of bounds on crafted files: CV
 OLDEST_TORCH = (2, 10)  # Older ones: CVE-2026-24747, heap corruption by a weights file despite weights_only.
 # flax up to 0.12.8 uses hijax.MutableHiType, which JAX 0.11.1 removed; flax 0.12.12 requires that JAX.
 LAST_OLD_FLAX, FIRST_NEW_JAX = (0, 12, 8), (0, 11, 1)
+TFIO_VENV = ".venv-tfio"
+TFIO_PYTHONS = ((3, 11), (3, 12))  # What both this project and the wheels of tensorflow-cpu 2.16 run on.
 LITTLE_MEMORY = 4 * 2**30  # bytes. Loading, compiling and training side by side are tight below.
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
@@ -60,10 +68,24 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument(
+        "--make-tfio-venv",
+        metavar="DIR",
+        nargs="?",
+        const=TFIO_VENV,
+        help="first build the environment of the tensorflow-io audio backend there (%(const)s; 1.6 GB)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = [*check_system(), *check_packages(installed_versions()), *check_media(), *check_devices()]
+    tfio_python = make_tfio_venv(args.make_tfio_venv) if args.make_tfio_venv else None
+    checks = [
+        *check_system(),
+        *check_packages(installed_versions()),
+        *check_media(),
+        *check_tfio(tfio_python),
+        *check_devices(),
+    ]
     problems = [check for check in checks if check.status == PROBLEM]
     if args.json:
         report = {
@@ -127,7 +149,7 @@ def check_packages(versions: dict[str, str | None]) -> Iterator[Check]:
     if versions.get("tensorflow"):
         yield Check("tensorflow", f"{versions['tensorflow']} (not used)")
     if versions.get("tensorflow-io"):
-        remedy = "no tensorflow-io works beside this JAX; keep it in an environment of its own"
+        remedy = "no tensorflow-io works beside this JAX; `avlm doctor --make-tfio-venv` makes it a place"
         yield Check("tensorflow-io", str(versions["tensorflow-io"]), NOTE, remedy)
 
 
@@ -159,6 +181,73 @@ def check_media() -> Iterator[Check]:
         yield Check("codecs", "missing: " + ", ".join(missing), PROBLEM, remedy)
     else:
         yield Check("codecs", "H.264 and AAC, reading and writing")
+
+
+def check_tfio(python: str | None = None) -> Iterator[Check]:
+    """The environment of the tensorflow-io audio backend, where there is one; it is started."""
+    try:
+        from input_pipeline.tfio_audio import DEFAULT_PYTHON, PYTHON_VARIABLE, backend_versions
+    except ImportError:
+        return  # PyAV cannot be imported, which has its own line.
+    python = python or os.environ.get(PYTHON_VARIABLE) or DEFAULT_PYTHON
+    if python == DEFAULT_PYTHON and not Path(python).exists():
+        return
+    try:
+        versions = backend_versions(python)
+    except UserError as error:
+        yield Check("tfio backend", f"broken: {error}", PROBLEM, "build it anew, or remove its folder")
+        return
+    yield Check(
+        "tfio backend",
+        f"tensorflow-io {versions['tensorflow_io']} with tensorflow {versions['tensorflow']} and Python "
+        f"{versions['python']}, its native operations run: {python}",
+    )
+
+
+def make_tfio_venv(folder: str, root: Path = Path(__file__).parents[1]) -> str:
+    """Builds the environment of the tensorflow-io audio backend in `folder`; returns the path of its Python.
+
+    Args:
+        folder: to be made; one that is an environment already is brought up to date.
+        root: the repository, whose requirements/ say what goes in, with versions and hashes.
+
+    Raises:
+        UserError: no repository, no Python that fits, another folder there, or pip failed.
+    """
+    installer, lock = root / "requirements" / "install.py", root / "requirements" / "tfio-py311.txt"
+    for file in (installer, lock):
+        if not file.is_file():
+            raise UserError(f"--make-tfio-venv: {file} is not here; run it in a checkout of the repository")
+    target = Path(folder).absolute()
+    is_folder = target.is_dir()
+    if target.exists() and not (target / "pyvenv.cfg").is_file() and (not is_folder or any(target.iterdir())):
+        raise UserError(f"--make-tfio-venv {folder}: there is something else; name a new folder")
+    command = [find_tfio_python(), str(installer), str(target), "--only", str(lock)]
+    # Its own output is progress; standard output stays the report's.
+    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    if code:
+        raise UserError(
+            f"--make-tfio-venv {folder}: the installation failed with exit code {code}, see above"
+        )
+    return str(target / "bin" / "python")
+
+
+def find_tfio_python() -> str:
+    """A Python 3.11 or 3.12: this one, else one on the PATH. UserError if there is none."""
+    if sys.version_info[:2] in TFIO_PYTHONS:
+        return sys.executable
+    for version in TFIO_PYTHONS:
+        name = "python{}.{}".format(*version)
+        path = shutil.which(name)
+        # It must run: pyenv puts a name on the PATH for every version that any of its folders has.
+        asked = [path, "-c", "import sys; print('python%d.%d' % sys.version_info[:2])"]
+        if path and subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() == name:
+            return path
+    raise UserError(
+        "--make-tfio-venv: tensorflow-io has wheels for Python up to 3.12, this is "
+        f"{platform.python_version()}, and neither python3.11 nor python3.12 is on the PATH; install one of "
+        "them, from your system's packages or with `uv python install 3.12`"
+    )
 
 
 def check_devices() -> Iterator[Check]:

@@ -1,6 +1,7 @@
 """Builds a virtual environment from the lock file that fits the interpreter: what `make install` runs.
 
     python3 requirements/install.py [.venv] [--extra torch]
+    python3.11 requirements/install.py .venv-tfio --only requirements/tfio-py311.txt
 
 Only the standard library is used, and nothing that an old Python 3 could not parse: such an
 interpreter is to read the message below and not a SyntaxError. (Hence no f-strings and no annotations here.)
@@ -95,17 +96,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", default=".venv", help="the environment")
     parser.add_argument("--extra", action="append", default=[], help="an extra of setup.py, e.g. torch")
+    parser.add_argument("--only", metavar="LOCK", help="install this lock file alone, not the project")
     args = parser.parse_args()
 
     python = os.path.join(args.folder, "bin", "python")
     make_environment(args.folder, python)
-    lock = os.path.relpath(lock_for(version_of(os.path.join(ROOT, python))), ROOT)
+    lock = args.only or os.path.relpath(lock_for(version_of(os.path.join(ROOT, python))), ROOT)
     pip = [os.path.join(ROOT, python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     # Wheels alone: a newcomer's machine need not have a compiler, and no package runs code while it is
     # installed.
     print("Installing what {} names into {} ...".format(lock, args.folder), flush=True)
     run(*(pip + ["--no-deps", "--require-hashes", "--only-binary", ":all:", "-r", lock]))
-    run(*(pip + ["--no-deps", "--no-build-isolation", "-e", "."]))
+    if not args.only:
+        run(*(pip + ["--no-deps", "--no-build-isolation", "-e", "."]))
     if args.extra:
         run(*(pip + ["--no-build-isolation", "-e", ".[{}]".format(",".join(args.extra))]))
     print("Done: {} with Python {}.".format(args.folder, version_of(os.path.join(ROOT, python))), flush=True)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from avlm_jax import cli, doctor
+from input_pipeline import tfio_audio
+from input_pipeline.errors import UserError
 
 GOOD = dict.fromkeys(doctor.PACKAGES, "1.0") | {"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "0.12.8"}
+
+
+@pytest.fixture(autouse=True)
+def no_tfio_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: to start it takes ten seconds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(tfio_audio.PYTHON_VARIABLE, raising=False)
 
 
 def problems(**versions: str | None) -> list[str]:
@@ -54,3 +65,82 @@ def test_what_is_missing_or_unsafe() -> None:
 )
 def test_numbers(version: str, expected: tuple[int, ...]) -> None:
     assert doctor.numbers(version) == expected
+
+
+# tensorflow-io's environment
+# -------------------------------------------------------------------------------------------------------
+
+
+def test_the_tfio_environment_is_reported_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(doctor.check_tfio()) == []
+    versions = {"tensorflow_io": "0.37.1", "tensorflow": "2.16.2", "python": "3.11.7"}
+    monkeypatch.setattr(tfio_audio, "backend_versions", lambda python: versions)
+    (tmp_path / ".venv-tfio" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv-tfio" / "bin" / "python").touch()
+    (check,) = doctor.check_tfio()
+    assert check.status == doctor.OK and "tensorflow-io 0.37.1 with tensorflow 2.16.2" in check.value
+
+
+def test_a_tfio_environment_that_does_not_run_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tfio_audio.PYTHON_VARIABLE, sys.executable)  # without TensorFlow
+    (check,) = doctor.check_tfio()
+    assert check.status == doctor.PROBLEM and "No module named 'tensorflow'" in check.value
+
+
+@pytest.fixture
+def installer(tmp_path: Path) -> Path:
+    """A repository whose installer says what it was called with, makes the folder, and fails for one name."""
+    folder = tmp_path / "repository" / "requirements"
+    folder.mkdir(parents=True)
+    (folder / "tfio-py311.txt").touch()
+    (folder / "install.py").write_text(
+        "import os, sys\nprint(*sys.argv[1:])\nos.makedirs(sys.argv[1])\nsys.exit('broken' in sys.argv[1])",
+        encoding="utf-8",
+    )
+    return folder.parent
+
+
+def test_the_tfio_environment_is_made_from_its_lock_file(
+    installer: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if sys.version_info[:2] not in doctor.TFIO_PYTHONS:
+        pytest.skip("needs Python 3.11 or 3.12")
+    assert doctor.make_tfio_venv("new", installer) == str(tmp_path / "new" / "bin" / "python")
+    captured = capfd.readouterr()
+    assert captured.out == "", "standard output is the report's"
+    lock = installer / "requirements" / "tfio-py311.txt"
+    assert captured.err.split() == [str(tmp_path / "new"), "--only", str(lock)]
+    with pytest.raises(UserError, match="exit code 1"):
+        doctor.make_tfio_venv("broken", installer)
+
+
+def test_nothing_is_overwritten_and_nothing_made_without_the_lock_file(
+    installer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    for name in ("photos", "photos/cat.jpg"):
+        with pytest.raises(UserError, match="something else"):
+            doctor.make_tfio_venv(name, installer)
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+    with pytest.raises(UserError, match="checkout"):
+        doctor.make_tfio_venv("new", tmp_path)
+
+
+def test_a_python_that_fits_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"neither python3.11 nor python3.12.*install one"):
+        doctor.find_tfio_python()
+    for name, script in (("python3.11", "exit 127"), ("python3.12", "echo python3.12")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    assert doctor.find_tfio_python() == str(tmp_path / "python3.12"), "the other does not run"
+
+
+def test_the_command_line_reports_what_it_could_not_make(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("a file", encoding="utf-8")
+    assert cli.main(["doctor", "--make-tfio-venv", "taken"]) == cli.EXIT_UNUSABLE
+    assert "taken" in capsys.readouterr().err

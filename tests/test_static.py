@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,8 +141,18 @@ def test_no_torch_or_tensorflow_in_the_core() -> None:
     # avlm_jax/pytorch is what PyTorch users run: copied into exports or started as a process, imported by nobody.
     found = offending("avlm_jax", forbidden + needing_it)
     assert [line for line in found if not line.startswith("avlm_jax/pytorch/")] == []
-    assert offending("input_pipeline", forbidden + needing_it) == []
+    # tfio_worker.py is a script for the Python of another environment, started as a process, imported by nobody.
+    found = offending("input_pipeline", forbidden + needing_it)
+    assert [line for line in found if not line.startswith("input_pipeline/tfio_worker.py ")] == []
     assert offending("avlm_jax", ("avlm_jax.pytorch",)) == []
+    for package in PACKAGES:
+        assert offending(package, ("input_pipeline.tfio_worker",)) == []
+
+
+def test_the_script_for_another_environment_needs_nothing_of_this_one() -> None:
+    tree = ast.parse((ROOT / "input_pipeline" / "tfio_worker.py").read_text(encoding="utf-8"))
+    allowed = {*sys.stdlib_module_names, "numpy", "tensorflow", "tensorflow_io"}
+    assert {name.partition(".")[0] for name in imports(tree)} <= allowed
 
 
 def test_what_pytorch_users_run_needs_nothing_of_the_project() -> None:

@@ -3,6 +3,9 @@
 Ids are built segment by segment: a template says which pieces of text, control tokens and media tokens follow
 each other and which are to be learnt; each piece becomes ids on its own. Nothing is tokenised twice, so no
 mask can slip, and text written by others can never turn into a control token.
+
+Media cut the text. What stands between two of them has the ids that the tokenizer gives it alone, as in LLaVA's
+`tokenizer_image_token`; this matters for LLaMA's tokenizers, which begin every text with a blank ("\u2581").
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import copy
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -32,7 +36,7 @@ _ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "
 
 
 class ConversationError(UserError):
-    """A sample's conversation is not one: wrong order of roles, no question, several media placeholders."""
+    """A sample's conversation is none (order of roles, no question, several placeholders) or does not suit the template."""
 
 
 class ControlTokenError(UserError):
@@ -93,12 +97,14 @@ class EncodedText:
         loss_mask: bool [l']; True at j means token j is a target, predicted from position j - 1.
         rounds: question-answer rounds that were kept.
         dropped_rounds: rounds dropped from the end because they did not fit.
+        dropped_questions: kept rounds whose question has text that the template leaves out (`PlainTemplate`).
     """
 
     tokens: np.ndarray
     loss_mask: np.ndarray
     rounds: int
     dropped_rounds: int = 0
+    dropped_questions: int = 0
 
 
 # Pieces that templates are made of
@@ -106,10 +112,16 @@ class EncodedText:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Plain text: can never become a control token."""
+    """Plain text: can never become a control token.
+
+    Attributes:
+        continues: goes on with the text ahead of it, if one stands there. It then gets no blank of the tokenizer's
+            own, and the two are tokenised as one, except that a target always begins with a token of its own.
+    """
 
     value: str
     target: bool = False
+    continues: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +133,19 @@ class Control:
 
 
 @dataclasses.dataclass(frozen=True)
+class Begin:
+    """What the tokenizer puts ahead of a whole text, its bos_token: "<s>" with LLaMA, nothing with Qwen2.
+
+    It is no part of the text: a tokenizer that adds a blank to the beginning of a text adds it behind this token.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
 class Media:
     """The place of the media tokens."""
 
 
-Piece = Text | Control | Media
+Piece = Text | Control | Begin | Media
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +157,22 @@ class Round:
 
 
 class Template(Protocol):
-    """How rounds are laid out. `end_of_turn` is the control token at which generation stops."""
+    """How rounds are laid out. Between two rounds stands a control token.
+
+    Attributes:
+        end_of_turn: the token at which generation stops, see `end_of_turn_id`.
+        keeps_questions: False if the text of questions is left out; it may then be empty.
+    """
 
     @property
     def end_of_turn(self) -> str: ...
+
+    @property
+    def keeps_questions(self) -> bool: ...
+
+    def unsuited(self, system: str | None, rounds: Sequence[Round]) -> str | None:
+        """Why a conversation cannot be laid out so, in words for its author; None if it can."""
+        ...
 
     def opening(self, system: str | None) -> list[Piece]:
         """What stands ahead of the first round; `system` replaces the template's own system text."""
@@ -164,6 +196,10 @@ class ChatMLTemplate:
 
     system: str = "You are a helpful assistant."
     end_of_turn: ClassVar[str] = "<|im_end|>"
+    keeps_questions: ClassVar[bool] = True
+
+    def unsuited(self, system: str | None, rounds: Sequence[Round]) -> str | None:
+        return None
 
     def opening(self, system: str | None) -> list[Piece]:
         text = self.system if system is None else system
@@ -188,13 +224,104 @@ class ChatMLTemplate:
         return [Control("<|im_start|>"), Text(head), *body, Control("<|im_end|>"), Text("\n")]
 
 
-TEMPLATES: Mapping[str, type[ChatMLTemplate]] = {"chatml": ChatMLTemplate}
+@dataclasses.dataclass(frozen=True)
+class VicunaTemplate:
+    """Vicuna v1: "<s>system USER: question ASSISTANT: answer</s>USER: ..." (FastChat's vicuna_v1.1, LLaVA's v1).
+
+    Learnt are the answer and its </s>. The blank behind "ASSISTANT:" belongs to the answer's first token, so a
+    prompt ends with the colon. Roles are plain words here: an answer may hold "ASSISTANT: " (the mask does not
+    go by the text), but what a user types can look like a turn of its own, as everywhere with this format.
+
+    Attributes:
+        system: default system text (FastChat's); empty for none, and then no blank ahead of "USER:" either.
+    """
+
+    system: str = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+    end_of_turn: ClassVar[str] = "</s>"
+    keeps_questions: ClassVar[bool] = True
+
+    def unsuited(self, system: str | None, rounds: Sequence[Round]) -> str | None:
+        return None
+
+    def opening(self, system: str | None) -> list[Piece]:
+        text = self.system if system is None else system
+        return [Begin(), Text(f"{text} ")] if text else [Begin()]
+
+    def round(self, turns: Round) -> list[Piece]:
+        pieces: list[Piece] = [Text("USER: "), *turns.question, Text(" ASSISTANT:")]
+        if turns.answer is not None:
+            pieces += [Text(f" {turns.answer}", target=True), Control(self.end_of_turn, target=True)]
+        return [dataclasses.replace(x, continues=True) if isinstance(x, Text) else x for x in pieces]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainTemplate:
+    """LLaVA's "plain", for alignment on captions: media, caption, newline; no roles, no system text.
+
+    Learnt are the caption and the newline, as in LLaVA: the newline is what ends a caption, without it generation
+    would never stop. It is always a token of its own (Qwen2's tokenizer would join it with a full stop), so
+    generation can stop at it; of a caption with several lines, all of which are learnt, it gives the first.
+
+    Attributes:
+        drop_question: leave out the text of questions, as LLaVA does. The question of LCS-558K's samples is one
+            of a few instructions ("Write a terse but informative summary of the picture."), which alignment does
+            without. By default such a sample is refused, lest questions that matter be lost; those left out
+            are counted (`EncodedText.dropped_questions`).
+    """
+
+    drop_question: bool = False
+    end_of_turn: ClassVar[str] = "\n"
+    keeps_questions: ClassVar[bool] = False
+
+    def unsuited(self, system: str | None, rounds: Sequence[Round]) -> str | None:
+        if len(rounds) != 1:
+            return f"text.template 'plain' holds one caption, but the conversation has {len(rounds)} rounds"
+        if Media() not in rounds[0].question:
+            return "text.template 'plain' is for captions of media, but the sample has no media"
+        if system:
+            return f"text.template 'plain' has no place for the system text {system[:80]!r}"
+        if has_words(rounds[0]) and not self.drop_question:
+            return (
+                "text.template 'plain' leaves out the question's text; take the text away from beside the "
+                "placeholder, or set drop_question=True if it is a mere instruction to describe"
+            )
+        return None
+
+    def opening(self, system: str | None) -> list[Piece]:
+        return [Begin()]
+
+    def round(self, turns: Round) -> list[Piece]:
+        if turns.answer is None:
+            return [Media()]
+        return [Media(), Text(turns.answer, target=True), Text(self.end_of_turn, target=True, continues=True)]
+
+
+def has_words(turns: Round) -> bool:
+    """Whether a question has text beside the media."""
+    return any(isinstance(piece, Text) and piece.value.strip() for piece in turns.question)
+
+
+TEMPLATES: Mapping[str, type[ChatMLTemplate] | type[VicunaTemplate] | type[PlainTemplate]] = {
+    "chatml": ChatMLTemplate,
+    "vicuna": VicunaTemplate,
+    "plain": PlainTemplate,
+}
 
 
 def make_template(name: str, **fields: Any) -> Template:
-    """The template called `name` in config.text.template."""
+    """The template called `name` in config.text.template, with its attributes.
+
+    Raises:
+        UserError: there is no such template, or it has no such attribute.
+    """
     if name not in TEMPLATES:
         raise UserError(f"text.template is {name!r}; known templates: {', '.join(sorted(TEMPLATES))}")
+    known = [field.name for field in dataclasses.fields(TEMPLATES[name])]
+    if unknown := sorted(set(fields) - set(known)):
+        raise UserError(f"text.template {name!r} has no {', '.join(unknown)}; it has {', '.join(known)}")
     return TEMPLATES[name](**fields)
 
 
@@ -243,27 +370,73 @@ def find_media_token_id(tokenizer: PreTrainedTokenizerFast, vocab_rows: int) -> 
     return unused
 
 
+# Where a text stands: apart from other text (at the beginning, behind media), behind a control token, or inside a
+# text, whose first part is encoded already. LLaMA's tokenizers add their blank accordingly.
+Place = Literal["apart", "behind_control", "inside"]
+
+
 @dataclasses.dataclass(frozen=True)
 class _TextEncoder:
-    backend: Tokenizer  # tokenizers', a private copy that is never changed: safe to use from several threads
+    backends: Mapping[
+        Place, Tokenizer
+    ]  # tokenizers', private and never changed: safe to use from several threads
     added: frozenset[int]  # ids that text must not produce
     spelt_out: re.Pattern[str]  # matches, at no length, wherever such a token is spelt out
+
+    def encode(self, text: str, place: Place) -> list[int]:
+        return self.backends[place].encode(text, add_special_tokens=False).ids
 
 
 @functools.lru_cache(maxsize=8)
 def _text_encoder(tokenizer: PreTrainedTokenizerFast) -> _TextEncoder:
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.encode_special_tokens = True  # transformers calls this split_special_tokens
-    backend.no_padding()
-    backend.no_truncation()
+    from tokenizers import Tokenizer
+
+    own = copy.deepcopy(tokenizer.backend_tokenizer)
+    description = own.to_str()
+    backends: dict[Place, Tokenizer] = {"apart": own}
+    for place in ("behind_control", "inside"):
+        changed = json.loads(description)
+        for part in ("normalizer", "pre_tokenizer"):
+            changed[part] = _without_blank(changed[part], place)
+        same = changed == json.loads(description)
+        backends[place] = own if same else Tokenizer.from_str(json.dumps(changed))
+    for backend in backends.values():
+        backend.encode_special_tokens = True  # transformers calls this split_special_tokens
+        backend.no_padding()
+        backend.no_truncation()
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
     names = sorted({*added.values(), MEDIA_TOKEN}, key=len, reverse=True)
     pattern = re.compile("(?=" + "|".join(map(re.escape, names)) + ")")
-    return _TextEncoder(backend, frozenset(added) | frozenset(tokenizer.all_special_ids), pattern)
+    return _TextEncoder(backends, frozenset(added) | frozenset(tokenizer.all_special_ids), pattern)
+
+
+def _without_blank(step: dict[str, Any] | None, place: Place) -> dict[str, Any] | None:
+    """A step of tokenizer.json so changed that it adds no blank where the tokenizer adds none to such a text.
+
+    Prepend (LLaMA's legacy form) and ByteLevel add it behind control tokens too, Metaspace by its prepend_scheme.
+    """
+    if step is None:
+        return None
+    for steps in ("normalizers", "pretokenizers"):
+        if steps in step:
+            changed = [_without_blank(one, place) for one in step[steps]]
+            return {**step, steps: [one for one in changed if one is not None]}
+    inside = place == "inside"
+    if step["type"] == "Prepend" and inside:
+        return None
+    if step["type"] == "Metaspace" and (inside or step["prepend_scheme"] == "first"):
+        return {**step, "prepend_scheme": "never"}
+    if step["type"] == "ByteLevel" and inside:
+        return {**step, "add_prefix_space": False}
+    return step
 
 
 def encode_text(
-    tokenizer: PreTrainedTokenizerFast, text: str, media_token_id: int, sample_id: str = ""
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    media_token_id: int,
+    sample_id: str = "",
+    place: Place = "apart",
 ) -> list[int]:
     """Ids of plain text, none of which is a control token or the media token, whatever the text spells out.
 
@@ -271,20 +444,18 @@ def encode_text(
     (transformers#47386); where one is spelt out, the text is cut behind its first character.
 
     Raises:
-        ControlTokenError: a control id came out even so (a normaliser of the tokenizer could do that).
+        ControlTokenError: a control id came out even so (a normaliser of the tokenizer could do that, or a
+            character that the tokenizer has no token for).
     """
     if not text:
         return []
     encoder = _text_encoder(tokenizer)
-
-    def encode(part: str) -> list[int]:
-        return encoder.backend.encode(part, add_special_tokens=False).ids
-
-    ids = encode(text)
+    ids = encoder.encode(text, place)
     if not encoder.added.isdisjoint(ids):
         cuts = [0, *(match.start() + 1 for match in encoder.spelt_out.finditer(text)), len(text)]
-        parts = (text[a:b] for a, b in itertools.pairwise(cuts))
-        ids = [index for part in parts if part for index in encode(part)]
+        parts = [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
+        ids = encoder.encode(parts[0], place)
+        ids += [index for part in parts[1:] for index in encoder.encode(part, "inside")]
     forbidden = encoder.added | {media_token_id}
     if not forbidden.isdisjoint(ids):
         found = sorted(forbidden.intersection(ids))
@@ -294,11 +465,32 @@ def encode_text(
     return ids
 
 
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast, template: Template) -> int:
+    """Id of the token that ends an answer: a control token, or what a newline becomes ('plain').
+
+    Raises:
+        UserError: the tokenizer has no such token.
+    """
+    name = template.end_of_turn
+    if name.strip():
+        return _control_id(tokenizer, name)
+    ids = encode_text(tokenizer, name, -1, place="inside")
+    if len(ids) != 1:
+        raise UserError(
+            f"the tokenizer has no token for {name!r}, which text.template needs to end an answer"
+        )
+    return ids[0]
+
+
 # Conversations
 
 
 def split_rounds(
-    turns: Sequence[Mapping[str, str]], *, has_media: bool, sample_id: str = ""
+    turns: Sequence[Mapping[str, str]],
+    *,
+    has_media: bool,
+    sample_id: str = "",
+    empty_questions: bool = False,
 ) -> tuple[str | None, list[Round]]:
     """Checks a conversation and cuts it into rounds; puts the media where the placeholder stands.
 
@@ -309,6 +501,7 @@ def split_rounds(
         has_media: whether media tokens belong into the first question; without a placeholder they go in front
             of it.
         sample_id: named in errors.
+        empty_questions: whether a question may have no text.
 
     Returns:
         The sample's system text (None if it has none) and its rounds.
@@ -346,6 +539,8 @@ def split_rounds(
             raise refuse(f"answer {first // 2} is empty")
         typed = bool(turns[first + len(turns) - len(values)].get("verbatim"))
         rounds.append(Round(_question(values[first], first == 0, has_media, typed, refuse), answer))
+        if not (empty_questions or has_words(rounds[-1])):
+            raise refuse("a question is empty")
     return system, rounds
 
 
@@ -359,8 +554,6 @@ def _question(
         raise refuse(f"the placeholder {found[0].group()} stands in a later question; move it to the first")
     if found and not has_media:
         raise refuse(f"the placeholder {found[0].group()} stands in its text but the sample has no media")
-    if not (text if verbatim else _PLACEHOLDER.sub("", text)).strip():
-        raise refuse("a question is empty")
     if not (is_first and has_media):
         return (Text(text),)
     if not found:
@@ -369,25 +562,46 @@ def _question(
     return tuple(piece for piece in (Text(before), Media(), Text(after)) if piece != Text(""))
 
 
-def _encode(
-    pieces: Iterable[Piece],
-    tokenizer: PreTrainedTokenizerFast,
-    num_media_tokens: int,
-    media_token_id: int,
-    sample_id: str,
-) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    mask: list[bool] = []
+@dataclasses.dataclass(frozen=True)
+class _PieceEncoder:
+    tokenizer: PreTrainedTokenizerFast
+    num_media_tokens: int
+    media_token_id: int
+    sample_id: str
+
+    def __call__(self, pieces: Iterable[Piece], place: Place) -> tuple[list[int], list[bool]]:
+        """Ids and mask of pieces of which the first stands at `place`."""
+        ids: list[int] = []
+        mask: list[bool] = []
+        for piece in _joined(pieces):
+            target = getattr(piece, "target", False)
+            if isinstance(piece, Text):
+                where = "apart" if place == "inside" and not piece.continues else place
+                new = encode_text(self.tokenizer, piece.value, self.media_token_id, self.sample_id, where)
+                place = "inside" if piece.value else place
+            elif isinstance(piece, Control):
+                new, place = [_control_id(self.tokenizer, piece.name)], "behind_control"
+            elif isinstance(piece, Media):
+                new, place = [self.media_token_id] * self.num_media_tokens, "apart"
+            else:
+                begin = self.tokenizer.bos_token_id
+                new, place = [] if begin is None else [begin], "apart"
+            ids += new
+            mask += [target] * len(new)
+        return ids, mask
+
+
+def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+    """`pieces` with every context that continues a context made one with it."""
+    found: list[Piece] = []
     for piece in pieces:
-        if isinstance(piece, Media):
-            new, target = [media_token_id] * num_media_tokens, False
-        elif isinstance(piece, Control):
-            new, target = [_control_id(tokenizer, piece.name)], piece.target
-        else:
-            new, target = encode_text(tokenizer, piece.value, media_token_id, sample_id), piece.target
-        ids += new
-        mask += [target] * len(new)
-    return ids, mask
+        last = found[-1] if found else None
+        if isinstance(piece, Text) and piece.continues and not piece.target:
+            if isinstance(last, Text) and not last.target:
+                found[-1] = dataclasses.replace(last, value=last.value + piece.value)
+                continue
+        found.append(piece)
+    return found
 
 
 def _control_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
@@ -395,6 +609,30 @@ def _control_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
     if index is None:
         raise UserError(f"the tokenizer has no control token {name!r}, which text.template needs")
     return index
+
+
+def _lay_out(
+    template: Template,
+    turns: Sequence[Mapping[str, str]],
+    system: str | None,
+    encoder: _PieceEncoder,
+    open_answer: bool = False,
+) -> tuple[list[Round], list[list[Piece]]]:
+    """Rounds and the pieces of each; the first one's begin with the template's opening."""
+    own_system, rounds = split_rounds(
+        turns,
+        has_media=encoder.num_media_tokens > 0,
+        sample_id=encoder.sample_id,
+        empty_questions=not template.keeps_questions,
+    )
+    if open_answer:
+        rounds[-1] = dataclasses.replace(rounds[-1], answer=None)
+    system = system if own_system is None else own_system
+    if fault := template.unsuited(system, rounds):
+        raise ConversationError(f"sample {encoder.sample_id!r}: {fault}")
+    pieces = [template.round(one) for one in rounds]
+    pieces[0] = template.opening(system) + pieces[0]
+    return rounds, pieces
 
 
 def encode_conversation(
@@ -425,29 +663,27 @@ def encode_conversation(
         ConversationError, ControlTokenError: see `split_rounds`, `encode_text`.
     """
     template = template or ChatMLTemplate()
-    own_system, rounds = split_rounds(turns, has_media=num_media_tokens > 0, sample_id=sample_id)
+    encode = _PieceEncoder(tokenizer, num_media_tokens, media_token_id, sample_id)
+    rounds, pieces = _lay_out(template, turns, system, encode)
     if rounds[-1].answer is None:
         raise ConversationError(f"sample {sample_id!r}: the last question has no answer to learn")
-    encode = functools.partial(
-        _encode,
-        tokenizer=tokenizer,
-        num_media_tokens=num_media_tokens,
-        media_token_id=media_token_id,
-        sample_id=sample_id,
-    )
-    ids, mask = encode(template.opening(own_system if own_system is not None else system))
+    ids: list[int] = []
+    mask: list[bool] = []
     kept = 0
-    for turns_of_round in rounds:
-        new_ids, new_mask = encode(template.round(turns_of_round))
+    for pieces_of_round in pieces:
+        new_ids, new_mask = encode(pieces_of_round, "behind_control" if kept else "apart")
         if len(ids) + len(new_ids) > max_length:
             if kept == 0:
-                text_tokens = len(ids) + len(new_ids) - num_media_tokens
+                text_tokens = len(new_ids) - num_media_tokens
                 raise DoesNotFit(sample_id, TokenPlan(0, 0, 0, num_media_tokens, text_tokens, max_length))
             break
         ids += new_ids
         mask += new_mask
         kept += 1
-    return EncodedText(np.array(ids, np.int32), np.array(mask, np.bool_), kept, len(rounds) - kept)
+    dropped_questions = 0 if template.keeps_questions else sum(map(has_words, rounds[:kept]))
+    return EncodedText(
+        np.array(ids, np.int32), np.array(mask, np.bool_), kept, len(rounds) - kept, dropped_questions
+    )
 
 
 def encode_prompt(
@@ -467,13 +703,18 @@ def encode_prompt(
     No token is a target.
     """
     template = template or ChatMLTemplate()
-    own_system, rounds = split_rounds(turns, has_media=num_media_tokens > 0, sample_id=sample_id)
-    rounds[-1] = dataclasses.replace(rounds[-1], answer=None)
-    pieces = template.opening(own_system if own_system is not None else system)
-    for turns_of_round in rounds:
-        pieces += template.round(turns_of_round)
-    ids, mask = _encode(pieces, tokenizer, num_media_tokens, media_token_id, sample_id)
+    encode = _PieceEncoder(tokenizer, num_media_tokens, media_token_id, sample_id)
+    rounds, pieces = _lay_out(template, turns, system, encode, open_answer=True)
+    ids: list[int] = []
+    for pieces_of_round in pieces:
+        ids += encode(pieces_of_round, "behind_control" if ids else "apart")[0]
     if len(ids) > max_length:
         text_tokens = len(ids) - num_media_tokens
         raise DoesNotFit(sample_id, TokenPlan(0, 0, 0, num_media_tokens, text_tokens, max_length))
-    return EncodedText(np.array(ids, np.int32), np.zeros(len(mask), np.bool_), len(rounds))
+    dropped_questions = 0 if template.keeps_questions else sum(map(has_words, rounds))
+    return EncodedText(
+        np.array(ids, np.int32),
+        np.zeros(len(ids), np.bool_),
+        len(rounds),
+        dropped_questions=dropped_questions,
+    )

@@ -85,6 +85,9 @@ class TooManyIntervals(UserError):
 def interval_source(text: str) -> str:
     """The part of a human turn in which times may be looked for: its stem, without options and placeholders.
 
+    Lines between the first and the last option belong to the options, as do indented lines behind the last; other
+    lines behind them belong to the stem. A wrong guess costs the stem's times rather than tells the options'.
+
     >>> interval_source("<video>\\nWhen does the bell ring?\\nA: 00:01 - 00:03\\nB: 00:05 - 00:07")
     'When does the bell ring?'
     """

@@ -35,8 +35,8 @@ RATE, FRAME, SHIFT = 16_000, 400, 160  # Hz; a filterbank frame and the way to t
 # Times in a question. A clock has two or three parts; SubRip's comma is a decimal point in the long form only; a lone "m" is no
 # minute but mostly a metre; lengths ("for 5 seconds", "12 s long", "a 10-second clip") are matched to be left out.
 _N, _H, _M = r"\d+(?:\.\d+)?", r"\s*(?:hours?|hrs?|h)\b", r"\s*(?:minutes?|mins?)\b"
-_S, _AND, _FREE = r"\s*(?:seconds?|secs?|s)\b", r"(?:\s*,?\s*(?:and\s+)?)", r"(?<![\w.:])"
-_CLOCK = r"(?<![\d:.])(?:\d{1,3}:[0-5]?\d:[0-5]\d(?:\.\d+|,\d{3}(?![\d:]))?|\d{1,3}:[0-5]\d(?:\.\d+)?)(?:s\b)?(?![\d:])"
+_S, _AND, _FREE = r"\s*(?:seconds?|secs?|s)\b", r"(?:(?:\s*,)?\s*(?:and\s+)?)", r"(?<![\w.:])"
+_CLOCK = r"(?<![\d:.])(?:\d{1,3}:[0-5]?\d:[0-5]\d(?:\.\d+|,\d{3}(?!\d|:\d))?|\d{1,3}:[0-5]\d(?:\.\d+)?)(?:s\b)?(?!\d|[:.]\d)"
 _HMS = rf"{_N}\s*(?:h|m|h\s*\d+\s*m)\s*{_N}\s*s\b|{_N}{_H}(?:{_AND}{_N}{_M})?(?:{_AND}{_N}{_S})?"
 _AMOUNT = rf"{_FREE}(?:{_HMS}|{_N}{_M}(?:{_AND}{_N}{_S})?|{_N}{_S})"
 _TIME = rf"(?:{_CLOCK}(?!\s*[ap]\.?m\b)|{_AMOUNT})"
@@ -52,8 +52,19 @@ _SPAN = re.compile(
 _PLACEHOLDER = re.compile(
     "<video>|<image>|<audio>"
 )  # Of data sets; in a question that is asked they are text.
-_OPTION = re.compile(r"^\s*(?:option\s+)?\(?(?:[A-H]|[1-9])[).:](?:\s|$)|^\s*option\s+\w+\b", re.IGNORECASE)
-_OPTIONS = re.compile(r"(?<!\w)(?:\(A\)|A[).:])\s.*?(?<!\w)(?:\(B\)|B[).:])\s.*", re.DOTALL)
+# Options: whole lines, and within a line the first one's marker where a second's follows.
+_END, _DOT, _STOP = r"[*:.]*(?=\s|$|[\d(\[\"'])", r"(?:\)|[.:](?!\d))", r"(?:^|[?.!:;,]\s|\n)[^\S\n]*"
+_OPTION = re.compile(
+    rf"[\s*\u2022>-]*(?:(?:option\s+)?(?:[A-J][.:]|[1-9]\d?[.:](?!\d)){_END}|[(\[](?:[A-J]|[1-9]\d?)[)\]]"
+    r"|(?:[A-J]|[1-9]\d?)\)|option\s+\w+\b|[A-H]\s+(?:[-\u2013\u2014]\s|\d+:\d))",
+    re.IGNORECASE,
+)
+_MARKERS = (
+    rf"(?<!\w)(?:[(\[][Aa][)\]]|A[).:]{_END})|{_STOP}a[).:]{_END}|\b[Oo]ption\s+[Aa]\b",
+    rf"(?<!\w)(?:[(\[][Bb][)\]]|[Bb][).:]{_END})|\b[Oo]ption\s+[Bb]\b",
+    rf"(?<!\w)[(\[]1[)\]]|{_STOP}1{_DOT}{_END}|\b[Oo]ption\s+1\b",
+    rf"(?<!\w)[(\[]2[)\]]|(?<![\w.:])2{_DOT}{_END}|\b[Oo]ption\s+2\b",
+)
 
 
 def times_named(question: str, duration: float) -> list[tuple[float, float]]:
@@ -61,13 +72,22 @@ def times_named(question: str, duration: float) -> list[tuple[float, float]]:
 
     def seconds(text: str) -> float:
         if ":" in text:
-            parts = text.rstrip("sS").replace(",", ".").split(":")
+            parts = text.casefold().rstrip("s").replace(",", ".").split(":")
             return sum(float(part) * 60**power for power, part in enumerate(reversed(parts)))
         parts = re.findall(rf"({_N})\s*([hms])", text, re.IGNORECASE)
-        return sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit.lower()] for number, unit in parts)
+        return sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit.casefold()] for number, unit in parts)
 
     lines, spans = _PLACEHOLDER.sub(" ", question).splitlines(), []
-    stem = _OPTIONS.sub("", "\n".join(line for line in lines if not _OPTION.match(line))).strip()
+    if options := [number for number, line in enumerate(lines) if _OPTION.match(line)]:
+        end = options[-1] + 1
+        while end < len(lines) and lines[end][:1].isspace():  # An option's text goes on.
+            end += 1
+        del lines[options[0] : end]
+    stem = "\n".join(lines)
+    for first, second in (_MARKERS[:2], _MARKERS[2:]):
+        found = re.search(first, stem)
+        if found and re.compile(second).search(stem, found.end()):
+            stem = stem[: found.start()]
     for match in _SPAN.finditer(stem):
         if texts := [text for text in match.groups() if text is not None]:
             if re.fullmatch(_N, texts[0]):  # "5 to 10 seconds": the unit is meant for both.

@@ -12,7 +12,7 @@ import numpy as np
 from input_pipeline.synthetic.described import pairing_dialogue
 from input_pipeline.synthetic.questions import Question, boundary, make_questions
 from input_pipeline.synthetic.render import FPS, frame_rate
-from input_pipeline.synthetic.scene import NUM_EVENTS, Event, Scene, timestamp
+from input_pipeline.synthetic.scene import NUM_EVENTS, Event, Scene
 from input_pipeline.synthetic.tasks import (
     NOTHING,
     SILENCE,
@@ -24,7 +24,7 @@ from input_pipeline.synthetic.tasks import (
     says_visual,
     visual_in_order,
 )
-from input_pipeline.transforms.intervals import parse_intervals
+from input_pipeline.transforms.intervals import format_timestamp, parse_intervals
 
 SOURCE = "synthetic"
 # A stem that shares so many consecutive words with the right option gives it away.
@@ -108,7 +108,7 @@ def annotate(scene: Scene, questions: Sequence[Question], fps: int = FPS) -> dic
     whole: dict[str, list[str]] = {"visual": [], "audio": [], "av": []}
     for clip in clips(scene, fps):
         seen, heard = says_visual(clip.event), says_audio(clip.event)
-        when = f"From {timestamp(clip.start)} to {timestamp(clip.end)}"
+        when = f"From {format_timestamp(clip.start)} to {format_timestamp(clip.end)}"
         captions = {
             "visual": f"{when}, we can see {seen}.",
             "audio": f"{when}, we can hear {heard}.",
@@ -200,7 +200,7 @@ def _open_questions(rng: np.random.Generator, scene: Scene) -> list[tuple[str, s
     for start, end, inside in _some_ranges(rng, scene, len(scene.events) ** 2):
         if len(ranged) == NUM_OPEN_RANGE:
             break
-        prefix = f"Between {timestamp(start)} and {timestamp(end)}, "
+        prefix = f"Between {format_timestamp(start)} and {format_timestamp(end)}, "
         ranged += pairing_dialogue(rng, scene, inside, open_share=1.0, prefix=prefix)[:1]
     return [*pairs, *ranged]
 

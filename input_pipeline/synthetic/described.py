@@ -16,7 +16,6 @@ from input_pipeline.synthetic.scene import (
     Event,
     Scene,
     make_scene,
-    timestamp,
 )
 from input_pipeline.synthetic.tasks import (
     BRIEFLY,
@@ -27,6 +26,7 @@ from input_pipeline.synthetic.tasks import (
     range_request,
     visual_in_order,
 )
+from input_pipeline.transforms.intervals import format_timestamp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def describe(
         if start is not None and end is not None:
             break
     inside = [e for e in told.events if e in scene.events[first:last]]
-    prefix = f"Between {timestamp(start)} and {timestamp(end)}, "
+    prefix = f"Between {format_timestamp(start)} and {format_timestamp(end)}, "
     dialogue = pairing_dialogue(rng, scene, inside, open_share, prefix)
     caption = (range_request(start, end), range_caption(inside, start, end))
     if not dialogue or rng.random() < 0.3:

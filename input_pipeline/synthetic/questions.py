@@ -15,7 +15,8 @@ import dataclasses
 
 import numpy as np
 
-from input_pipeline.synthetic.scene import Event, Scene, timestamp
+from input_pipeline.synthetic.scene import Event, Scene
+from input_pipeline.transforms.intervals import format_timestamp
 
 LETTERS = "ABCD"
 # An option that is a word or two is answered by its text, a time range by its letter: copying digits is not the task.
@@ -153,7 +154,9 @@ def _pairing_in_range(rng: np.random.Generator, scene: Scene, asked: str, given:
     share = np.array(weights) / sum(weights)
     right, start, end, event = drawn[int(rng.choice(len(drawn), p=share))]
     options, answer = _shuffled(rng, right, sorted(set(counts) - {right}))
-    stem = f"Between {timestamp(start)} and {timestamp(end)}, " + STEMS[asked].format(_key(event, given))
+    stem = f"Between {format_timestamp(start)} and {format_timestamp(end)}, " + STEMS[asked].format(
+        _key(event, given)
+    )
     return Question(3 if asked == "sound" else 4, stem, options, answer)
 
 
@@ -168,7 +171,7 @@ def _when(rng: np.random.Generator, scene: Scene) -> Question:
     ]
     others = [e for e in scene.events if e is not target and e not in half]
     wrong = [*half, others[int(rng.integers(len(others)))]]
-    spans = [f"{timestamp(e.start)} - {timestamp(e.end)}" for e in (target, *wrong)]
+    spans = [f"{format_timestamp(e.start)} - {format_timestamp(e.end)}" for e in (target, *wrong)]
     options, answer = _shuffled(rng, spans[0], spans[1:])
     return Question(
         5, f"When does the {target.figure} move while the {target.sound} is heard?", options, answer

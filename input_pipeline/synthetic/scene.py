@@ -146,11 +146,3 @@ def make_scene(
     return Scene(
         scene_id or f"scene-{seed:07d}", seed, duration, tuple(events), props=int(rng.integers(0, 3))
     )
-
-
-def timestamp(seconds: float) -> str:
-    """HH:MM:SS.mmm, the form printed in SAVEn-Vid's captions and questions (paper, supplementary figures)."""
-    millis = round(seconds * 1000)
-    hours, rest = divmod(millis, 3_600_000)
-    minutes, rest = divmod(rest, 60_000)
-    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d}.{rest % 1000:03d}"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from input_pipeline.synthetic.scene import MOMENTS, Event, Scene, timestamp
+from input_pipeline.synthetic.scene import MOMENTS, Event, Scene
+from input_pipeline.transforms.intervals import format_timestamp
 
 NOTHING = "nothing"  # No figure moves.
 SILENCE = "silence"  # No sound is heard.
@@ -67,14 +68,14 @@ def pairings(scene: Scene) -> list[tuple[str, str]]:
 
 def range_request(start: float, end: float) -> str:
     """The request for an audio-visual caption of a time range."""
-    return f"What happens between {timestamp(start)} and {timestamp(end)}?"
+    return f"What happens between {format_timestamp(start)} and {format_timestamp(end)}?"
 
 
 def range_caption(events: Sequence[Event], start: float, end: float) -> str:
     """The audio-visual caption of a time range that holds `events`."""
     seen = in_order(events, says_visual, NOTHING)
     heard = in_order(events, says_audio, SILENCE)
-    return f"From {timestamp(start)} to {timestamp(end)}, we can see {seen}, and hear {heard}."
+    return f"From {format_timestamp(start)} to {format_timestamp(end)}, we can see {seen}, and hear {heard}."
 
 
 def moment_words(scene: Scene, interval: tuple[float, float] | None = None) -> list[str]:

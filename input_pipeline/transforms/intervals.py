@@ -6,6 +6,7 @@ range), and a model told those would be told the answer.
 
 from __future__ import annotations
 
+import math
 import re
 
 from input_pipeline.conversation import PLACEHOLDERS
@@ -14,13 +15,13 @@ from input_pipeline.errors import UserError
 # A clock reading: HH:MM:SS or MM:SS, each with an optional fraction. SubRip's comma counts as a decimal point
 # only in the full form and with three digits, so that "[00:00:01,00:00:13]" stays a pair.
 _CLOCK = (
-    r"(?<![\d:.])(?:\d{1,3}:[0-5]?\d:[0-5]\d(?:\.\d+|,\d{3}(?![\d:]))?|\d{1,3}:[0-5]\d(?:\.\d+)?)"
-    r"(?:s\b)?(?![\d:])(?!\s*[ap]\.?m\b)"
+    r"(?<![\d:.])(?:\d{1,3}:[0-5]?\d:[0-5]\d(?:\.\d+|,\d{3}(?!\d|:\d))?|\d{1,3}:[0-5]\d(?:\.\d+)?)"
+    r"(?:s\b)?(?!\d|[:.]\d)(?!\s*[ap]\.?m\b)"
 )
 _NUMBER = r"\d+(?:\.\d+)?"
 _HOURS, _MINUTES = r"\s*(?:hours?|hrs?|h)\b", r"\s*(?:minutes?|mins?)\b"
 _SECONDS = r"\s*(?:seconds?|secs?|s)\b"
-_NEXT = r"(?:\s*,?\s*(?:and\s+)?)"
+_NEXT = r"(?:(?:\s*,)?\s*(?:and\s+)?)"  # One run of blanks is never split between two \s*: that takes quadratic time.
 # Amounts with units, also composed: "12s", "12.5 seconds", "2 minutes", "1 minute and 5 seconds", "1h 2m 3s".
 # A lone "m" is left out (it is mostly metres).
 _AMOUNT = (
@@ -53,12 +54,28 @@ _SPAN = re.compile(
 )
 _UNIT_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
-# An option line: "A: ...", "A. ...", "A) ...", "(A) ...", "Option 1: ...", "1. ...", "1) ...".
+# An option line: "A: ...", "A. ...", "A) ...", "(A) ...", "[A] ...", "A - ...", "A 00:01", "**A.** ...", "Option 1: ...",
+# "1. ...", "1) ...", with a bullet or without; "10:05 is shown" and "5.5 s later" are none.
+_BULLET = r"[\s*\u2022>-]*"
+_BEHIND = r"[*:.]*(?=\s|$|[\d(\[\"'])"
 _OPTION_LINE = re.compile(
-    r"^\s*(?:option\s+)?\(?(?:[A-H]|[1-9])[).:](?:\s|$)|^\s*option\s+\w+\b", re.IGNORECASE
+    rf"{_BULLET}(?:(?:option\s+)?(?:[A-J][.:]|[1-9]\d?[.:](?!\d)){_BEHIND}"
+    r"|[(\[](?:[A-J]|[1-9]\d?)[)\]]|(?:[A-J]|[1-9]\d?)\)|option\s+\w+\b|[A-H]\s+(?:[-\u2013\u2014]\s|\d+:\d))",
+    re.IGNORECASE,
 )
-# Options within a line: everything from the marker of A on, if a marker of B follows.
-_OPTIONS_INLINE = re.compile(r"(?<!\w)(?:\(A\)|A[).:])\s.*?(?<!\w)(?:\(B\)|B[).:])\s.*", re.DOTALL)
+# Options within a line: the marker of the first and that of the second. "a)", "1)" and "1." are words as well, hence
+# the first of them must stand behind a punctuation mark.
+_STOP = r"(?:^|[?.!:;,]\s|\n)[^\S\n]*"
+_INLINE = (
+    (
+        re.compile(rf"(?<!\w)(?:[(\[][Aa][)\]]|A[).:]{_BEHIND})|{_STOP}a[).:]{_BEHIND}|\b[Oo]ption\s+[Aa]\b"),
+        re.compile(rf"(?<!\w)(?:[(\[][Bb][)\]]|[Bb][).:]{_BEHIND})|\b[Oo]ption\s+[Bb]\b"),
+    ),
+    (
+        re.compile(rf"(?<!\w)[(\[]1[)\]]|{_STOP}1(?:\)|[.:](?!\d)){_BEHIND}|\b[Oo]ption\s+1\b"),
+        re.compile(rf"(?<!\w)[(\[]2[)\]]|(?<![\w.:])2(?:\)|[.:](?!\d)){_BEHIND}|\b[Oo]ption\s+2\b"),
+    ),
+)
 
 
 class TooManyIntervals(UserError):
@@ -68,13 +85,43 @@ class TooManyIntervals(UserError):
 def interval_source(text: str) -> str:
     """The part of a human turn in which times may be looked for: its stem, without options and placeholders.
 
+    Lines between the first and the last option belong to the options, as do indented lines behind the last; other
+    lines behind them belong to the stem. A wrong guess costs the stem's times rather than tells the options'.
+
     >>> interval_source("<video>\\nWhen does the bell ring?\\nA: 00:01 - 00:03\\nB: 00:05 - 00:07")
     'When does the bell ring?'
     """
     for placeholder in PLACEHOLDERS:
         text = text.replace(placeholder, " ")
-    lines = [line for line in text.splitlines() if not _OPTION_LINE.match(line)]
-    return _OPTIONS_INLINE.sub("", "\n".join(lines)).strip()
+    lines = text.splitlines()
+    options = [number for number, line in enumerate(lines) if _OPTION_LINE.match(line)]
+    if options:  # All from the first to the last, and the indented lines that go on with the last.
+        end = options[-1] + 1
+        while end < len(lines) and lines[end][:1].isspace():
+            end += 1
+        del lines[options[0] : end]
+    stem = "\n".join(lines)
+    for first, second in _INLINE:
+        if (found := first.search(stem)) and second.search(stem, found.end()):
+            stem = stem[: found.start()]
+    return stem.strip()
+
+
+def format_timestamp(seconds: float) -> str:
+    """HH:MM:SS.mmm, the form printed in SAVEn-Vid's captions and questions (paper, supplementary figures).
+
+    >>> format_timestamp(59.9996)
+    '00:01:00.000'
+
+    Raises:
+        ValueError: `seconds` is negative or not finite.
+    """
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{seconds!r} is no time from the beginning of a medium in seconds")
+    millis = round(seconds * 1000)
+    hours, rest = divmod(millis, 3_600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d}.{rest % 1000:03d}"
 
 
 def parse_seconds(text: str) -> float:
@@ -86,7 +133,7 @@ def parse_seconds(text: str) -> float:
     text = text.strip()
     if re.fullmatch(_CLOCK, text, re.IGNORECASE):
         seconds = 0.0
-        for part in text.lower().removesuffix("s").replace(",", ".").split(":"):
+        for part in text.casefold().removesuffix("s").replace(",", ".").split(":"):
             seconds = seconds * 60 + float(part)
         return seconds
     if not re.fullmatch(_AMOUNT, text, re.IGNORECASE):
@@ -95,8 +142,9 @@ def parse_seconds(text: str) -> float:
 
 
 def _amount(text: str) -> float:
+    # casefold: to IGNORECASE a long s (U+017F) is an s.
     parts = re.findall(rf"({_NUMBER})\s*([hms])", text, re.IGNORECASE)
-    return sum(float(number) * _UNIT_SECONDS[unit.lower()] for number, unit in parts)
+    return sum(float(number) * _UNIT_SECONDS[unit.casefold()] for number, unit in parts)
 
 
 def _pair(start: str, end: str) -> tuple[float, float]:

@@ -21,7 +21,6 @@ from input_pipeline.conversation import (
     encode_text,
     find_media_token_id,
     load_tokenizer,
-    make_template,
     split_rounds,
 )
 from input_pipeline.errors import UserError
@@ -272,9 +271,3 @@ def test_media_token_id(tokenizer):
     assert find_media_token_id(Qwen(), 16) == 8  # rows that no token uses, as Qwen2's above 151645
     with pytest.raises(UserError, match="uses all 8 ids"):
         find_media_token_id(Qwen(), 8)
-
-
-def test_templates():
-    assert make_template("chatml", system="Look.") == ChatMLTemplate(system="Look.")
-    with pytest.raises(UserError, match="'chatlm'.*chatml"):
-        make_template("chatlm")

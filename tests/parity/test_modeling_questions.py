@@ -99,6 +99,9 @@ STEMS = (
     "<video>\nWhen does the bell ring?\nA: 00:01 - 00:03\nB: 00:05 - 00:07", "(A) 0:01 - 0:03 (B) 0:05 at 0:07",
     "When, after 0:30? A. 0:01 B. 0:05", "Option 1: 0:01\nOption 2: 0:05\nat 0:09", "1) 0:01\n10:05 is shown",
     "A bell rings at 00:05.", "B-flat <audio> at 00:05", "  a. 0:01\n  b. 0:02\n at 0:03",
+    "Who, at 00:05: a man? 0:59.999: who? 00:00:59,999:", "At 0:30? (A)0:01 (B)from 0:05", "[1] 0:01\n   to 0:02\n[2] 0:05",
+    "At 0:30? 1. 0:01; 2. 0:05", "At 0:30: a) 0:01 b) 0:02", "Option 1: 0:01, Option 2: 0:05", "12\u017f, 0:05\u017f",
+    "A - 0:01", "- A. 0:01\n**B.** 0:02\nC 0:03", "1h       , and 2m", "(left 1) and (right 2) at 0:05", "I - or you - at 0:05",
 )  # fmt: skip
 
 

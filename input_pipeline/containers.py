@@ -16,6 +16,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ import numpy as np
 from av.container import InputContainer
 
 from input_pipeline.errors import UserError
+from input_pipeline.seeking import Entry, decode_from, starts_afresh
 
 # Demuxers that may read a file. A text file named .mp4 that is a playlist (ffconcat, HLS, DASH) would make
 # FFmpeg open other files; only what is named here is ever opened, and only by the `file` protocol.
@@ -48,6 +50,8 @@ EXACT_LENGTH_FORMATS = frozenset({"mov", "matroska", "flac"})
 # Decoders told to fail at a wrong checksum or a cut-off picture. Others (H.264, mp3, ...) would then refuse
 # files that merely begin in the middle of something, and report what they had to conceal anyway.
 STRICT_CODECS = frozenset({"flac"})  # and whatever decodes single pictures
+MEMORYLESS_SOUND = ("pcm_", "flac")  # Codecs whose packets are decoded each for itself.
+SOUND_ENTRY_SECONDS = 1.0  # Where decoding may begin is noted this often.
 MISSING_SECONDS = 0.5  # An end earlier than announced by this much ...
 MISSING_FRACTION = 0.02  # ... and by this share of the file counts as truncation; muxers round by less.
 
@@ -77,8 +81,8 @@ class MediaError(UserError):
     Attributes:
         path: the file.
         reason: what is wrong with it and, where there is one, the remedy.
-        stage: "open" (not a readable media file), "limit" (too large; the limit is named) or "decode"
-            (damaged).
+        stage: "open" (not a readable media file), "limit" (too large; the limit is named), "decode"
+            (damaged) or "interval" (there is no such part of it).
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, stage: str = "decode") -> None:
@@ -88,18 +92,42 @@ class MediaError(UserError):
         self.stage = stage
 
 
+def _doubles() -> array[float]:
+    return array("d")
+
+
 @dataclasses.dataclass
 class Track:
-    """One stream's packets in presentation order; a decoder that seeks would start at its keyframes."""
+    """One stream's packets: when they are shown, and where a decoder that seeks may start."""
 
     index: int
-    times: array[float]  # s, presentation time of each packet that is shown
-    keyframes: array[float]
-    end: float  # s, end of the last packet
+    codec: str = ""
+    extradata: bytes | None = None
+    times: array[float] = dataclasses.field(default_factory=_doubles)  # s, when each is shown, ascending
+    decoded: array[float] = dataclasses.field(default_factory=_doubles)  # the same in order of decoding
+    entries: list[Entry] = dataclasses.field(default_factory=list)  # none without `timed`
+    timed: bool = (
+        True  # the container states when each packet is shown; else frames are timed by their number
+    )
+    end: float = -np.inf  # s, end of the last packet
+    samples_per_tick: Fraction = Fraction(0)  # of a sound
+    next_ticks: int | None = None  # where the next packet of a sound follows without a hole
 
     @property
     def start(self) -> float:
         return self.times[0]
+
+    def may_enter(self, packet: av.Packet, time: float) -> bool:
+        """Whether decoding that starts with this packet is the same as decoding from the start.
+
+        Of a sound only until the first hole, as its samples are counted, and about once a second.
+        """
+        if not self.samples_per_tick:
+            return starts_afresh(self.codec, self.extradata, bytes(packet))
+        follows = not self.times or packet.pts == self.next_ticks
+        self.next_ticks = packet.pts + packet.duration if follows and packet.duration else None
+        spaced = not self.entries or time >= self.entries[-1].time + SOUND_ENTRY_SECONDS
+        return follows and spaced and self.samples_per_tick <= 1 and self.codec.startswith(MEMORYLESS_SOUND)
 
 
 @dataclasses.dataclass
@@ -183,7 +211,14 @@ def read_timeline(path: str | os.PathLike[str], kind: str, limits: Limits) -> Ti
                 path, "has no sound" if kind == "audio" else "has neither picture nor sound", "open"
             )
         _check_headers(path, container, video, audio, limits)
-        tracks = {i: Track(i, array("d"), array("d"), -np.inf) for i in (video, audio) if i is not None}
+        tracks = {}
+        for index in (video, audio):
+            if index is not None:
+                context = container.streams[index].codec_context
+                track = Track(index, context.codec.canonical_name, context.extradata)
+                if index == audio:
+                    track.samples_per_tick = container.streams[index].time_base * context.sample_rate
+                tracks[index] = track
         _read_packets(path, container, tracks, _announced_seconds(path, container, video), limits)
     timeline = Timeline(*(tracks[i] if i is not None and tracks[i].times else None for i in (video, audio)))
     if timeline.video is None and timeline.audio is None:
@@ -225,10 +260,14 @@ def _read_packets(
 ) -> None:
     """Fills the tracks; `announced` is the length in seconds that the header states, 0 if it states none."""
     first, last = np.inf, -np.inf  # over all streams: a subtitle may outlast the picture
+    latest = dict.fromkeys(tracks, -np.inf)  # s; nothing decoded before an entry is shown after it
+    guessed = "avi" in container.format.name.split(
+        ","
+    )  # FFmpeg makes presentation times up where it reorders
     seconds = {stream.index: float(stream.time_base or 0) for stream in container.streams}
     try:
         for packet in container.demux():
-            ticks = packet.dts if packet.pts is None else packet.pts
+            ticks = packet.dts if packet.pts is None or guessed else packet.pts
             if packet.size == 0 or ticks is None:
                 continue
             index = packet.stream_index
@@ -242,10 +281,14 @@ def _read_packets(
                 raise MediaError(
                     path, f"is cut off in the middle of a packet at {time:.3f} s (truncated file)"
                 )
+            if packet.pts is None or (guessed and packet.pts != packet.dts):
+                track.timed = False
+            elif packet.is_keyframe and time > latest[index] and track.may_enter(packet, time):
+                position = (packet.pts, packet.dts, packet.pos, packet.size)
+                track.entries.append(Entry(len(track.times), time, *position))
+            latest[index] = max(latest[index], time)
             track.times.append(time)
             track.end = max(track.end, end)
-            if packet.is_keyframe:
-                track.keyframes.append(time)
             if time - track.times[0] > limits.max_duration:
                 reason = f"is longer than the limit max_duration of {limits.max_duration:g} s"
                 raise MediaError(path, reason, "limit")
@@ -257,6 +300,9 @@ def _read_packets(
         reason = f"its header announces {announced:.3f} s, its data end at {reached:.3f} s (truncated file)"
         raise MediaError(path, reason)
     for track in tracks.values():
+        if not track.timed:
+            track.entries = []
+        track.decoded = track.times
         track.times = array("d", sorted(track.times))  # B-frames are stored out of order
         # the last packet does not say how long it is
         if len(track.times) > 1 and track.end <= track.times[-1]:
@@ -286,9 +332,37 @@ def _check_picture(path: str | os.PathLike[str], width: int, height: int, limits
 
 
 def decode_stream(
-    path: str | os.PathLike[str], container: InputContainer, index: int, limits: Limits
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    index: int,
+    limits: Limits,
+    entry: Entry | None = None,
 ) -> Iterator[av.VideoFrame | av.AudioFrame]:
-    """Decodes one stream from its start to its end; damage anywhere raises MediaError."""
+    """Decodes one stream from its start, or from an entry, to its end; damage on the way raises MediaError.
+
+    A container that was just opened stands at its start. LandedElsewhereError: an entry was not reached.
+    """
+    stream = container.streams[index]
+    context = stream.codec_context
+    if not context.is_open:
+        _set_up_decoder(path, container, index, limits)
+    time = 0.0
+    try:
+        for frame in container.decode(stream) if entry is None else decode_from(container, stream, entry):
+            time = time if frame.time is None else frame.time
+            if frame.is_corrupt:
+                raise MediaError(path, f"{stream.type} stream {index} is damaged at {time:.3f} s")
+            if stream.type == "video":
+                _check_picture(path, frame.width, frame.height, limits)
+            yield frame
+    except av.error.FFmpegError as error:
+        reason = f"{stream.type} stream {index} cannot be decoded after {time:.3f} s ({error.strerror})"
+        raise MediaError(path, reason) from None
+
+
+def _set_up_decoder(
+    path: str | os.PathLike[str], container: InputContainer, index: int, limits: Limits
+) -> None:
     stream = container.streams[index]
     context = stream.codec_context
     # Frame threads deadlock in worker processes (PyAV issue 1962); parallelism here is one process per file.
@@ -299,15 +373,3 @@ def decode_stream(
         context.options = {"max_pixels": str(limits.max_pixels)}
     if container.format.name.endswith("_pipe") or context.name in STRICT_CODECS:
         context.options = {**context.options, "err_detect": "crccheck+explode"}
-    time = 0.0
-    try:
-        for frame in container.decode(stream):
-            time = time if frame.time is None else frame.time
-            if frame.is_corrupt:
-                raise MediaError(path, f"{stream.type} stream {index} is damaged at {time:.3f} s")
-            if stream.type == "video":
-                _check_picture(path, frame.width, frame.height, limits)
-            yield frame
-    except av.error.FFmpegError as error:
-        reason = f"{stream.type} stream {index} cannot be decoded after {time:.3f} s ({error.strerror})"
-        raise MediaError(path, reason) from None

@@ -53,6 +53,39 @@ def write_video(
     return path
 
 
+def write_moving(
+    path: Path,
+    count: int,
+    *,
+    rate: int = 25,
+    codec: str = "libx264",
+    width: int = 64,
+    height: int = 48,
+    pix_fmt: str = "yuv420p",
+    start: float = 0.0,
+    codec_options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+) -> Path:
+    """A film of a texture that moves, so that frames are predicted from each other."""
+    rng = np.random.default_rng(0)
+    texture = rng.integers(0, 256, (height // 8 + 20, width // 8 + 20, 3), dtype=np.uint8)
+    texture = texture.repeat(8, 0).repeat(8, 1)
+    first = round(start * rate)
+    with av.open(str(path), "w", options=container_options or {}) as container:
+        video = container.add_stream(codec, rate=rate)
+        video.width, video.height, video.pix_fmt = width, height, pix_fmt
+        video.options = codec_options or {}
+        for i in range(count):
+            x = 3 * i % 150
+            picture = np.ascontiguousarray(texture[x // 2 : x // 2 + height, x : x + width])
+            picture[:4, :4] = i % 256
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = first + i, Fraction(1, rate)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return path
+
+
 def write_sound(
     path: Path,
     samples: np.ndarray,

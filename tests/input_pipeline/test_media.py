@@ -42,6 +42,8 @@ def shown(media) -> list[int]:
         ("a.mkv", "ffv1", {}),
         ("a.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "10"}),
         ("a.avi", "mpeg4", {}),
+        ("b.avi", "libx264", {"x264-params": "bframes=3:b-adapt=0"}),
+        ("c.avi", "mpeg4", {"bf": "2", "qmax": "2"}),
     ],
 )
 def test_midpoint_frames_and_their_times(tmp_path, name, codec, options):

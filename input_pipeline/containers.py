@@ -3,8 +3,9 @@
 Nothing a header says about length is trusted: `read_timeline` reads every packet without decoding, and what
 is missing, cut off or damaged is an error that says where.
 
-Which streams: `container.streams.best` (FFmpeg's av_find_best_stream: the largest picture, the default or
-richest sound), except that a cover picture attached to a song is no video.
+Which streams: `container.streams.best` (FFmpeg's av_find_best_stream: one that is flagged as the default
+before one that is not, then that of the highest bit rate, then the first), except that a cover picture
+attached to a song is no video.
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ def _read_packets(
                 raise MediaError(path, reason, "limit")
     except av.error.FFmpegError as error:
         raise MediaError(path, f"cannot be read beyond {max(last, 0.0):.3f} s ({error.strerror})") from None
-    missing = announced - (last - min(first, 0.0))
+    missing = announced - (last - min(first, 0.0) if first < np.inf else 0.0)
     if missing > max(MISSING_SECONDS, MISSING_FRACTION * announced):
         reached = max(last, 0.0)
         reason = f"its header announces {announced:.3f} s, its data end at {reached:.3f} s (truncated file)"
@@ -356,6 +357,10 @@ def decode_stream(
                 _check_picture(path, frame.width, frame.height, limits)
             yield frame
     except av.error.FFmpegError as error:
+        if stream.type == "video" and isinstance(error, av.error.ArgumentError):
+            # What FFmpeg says to a size beyond max_pixels that only the picture itself announces.
+            reason = f"announces pictures beyond the limit max_pixels of {limits.max_pixels}, or of no size"
+            raise MediaError(path, reason, "limit") from None
         reason = f"{stream.type} stream {index} cannot be decoded after {time:.3f} s ({error.strerror})"
         raise MediaError(path, reason) from None
 

@@ -18,8 +18,8 @@ from av.container import InputContainer
 SAME_TIME = 1e-6  # s; timestamps are rationals with denominators up to 90,000 and more, compared as floats.
 
 # What one seek costs, in decoded packets: finding the place, and filling the decoder again, which shows a
-# picture only after those it reorders. benchmarks/decode.py measures it.
-SEEK_PACKETS = 6
+# picture only after those it reorders. benchmarks/decode.py measures 3.3 to 4.0 (H.264, 180p to 1080p).
+SEEK_PACKETS = 4
 # A whole file is read by seeking only if that costs at most this share of one pass to its end: the pass also
 # finds damage between the frames that are wanted, which is worth more than a little time.
 WHOLE_FILE_SHARE = 0.75
@@ -99,9 +99,9 @@ def seek_cost(runs: Sequence[Run]) -> int:
 
 def seeking_pays(runs: Sequence[Run], packets: int, whole_file: bool) -> bool:
     """Whether runs are better than one pass: to the last of `packets` for a whole file, else to the last
-    frame that is wanted."""
+    frame that is wanted. A whole file is read to its end unless there is something to leap over."""
     if whole_file:
-        return seek_cost(runs) <= WHOLE_FILE_SHARE * packets
+        return any(run.entry for run in runs) and seek_cost(runs) <= WHOLE_FILE_SHARE * packets
     return seek_cost(runs) < max(run.last for run in runs) + 1
 
 

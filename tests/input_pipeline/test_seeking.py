@@ -15,7 +15,7 @@ from tests.input_pipeline.media_corpus import write_moving
 
 SPEC = MediaSpec(num_frames=5, image_size=32)
 COUNT, RATE = 120, 25
-INTERVALS = [None, (0.0, 0.5), (1.31, 1.33), (0.7, 2.9), (3.0, 4.8), (4.7, 9.0)]
+INTERVALS = [None, (0.0, 0.5), (1.31, 1.33), (0.7, 2.9), (3.0, 4.0), (4.05, 9.0)]
 
 FILMS = {
     "gop12.mp4": ("libx264", {"x264-params": "bframes=3:b-adapt=0:keyint=12"}),
@@ -35,6 +35,7 @@ FILMS = {
     "mpeg4_b.avi": ("mpeg4", {"g": "12", "bf": "2"}),
     "mpeg4_b.mp4": ("mpeg4", {"g": "12", "bf": "2"}),
     "fragments.mp4": ("libx264", {"x264-params": "bframes=3:keyint=12"}),
+    "edited.mp4": ("libx264", {"x264-params": "bframes=3:b-adapt=0:keyint=12"}),
     "late.mkv": ("libx264", {"x264-params": "bframes=3:keyint=12"}),
 }
 # All of these but gop250 have flagged keyframes further on; see `seeking.starts_afresh`. An AVI states no
@@ -59,9 +60,31 @@ def films(tmp_path_factory):
                 container_options=container,
                 start=1.48 if name == "late.mkv" else 0.0,
             )
+            if name == "edited.mp4":
+                begin_later(made[name], 17)
         return made[name]
 
     return film
+
+
+def begin_later(path, frames: int) -> None:
+    """Moves the start of an mp4's edit list (ISO/IEC 14496-12, 8.6.6) into a group: what lies before it is decoded
+    and not shown, with times below zero."""
+    data = bytearray(path.read_bytes())
+    place = data.index(b"elst") + 4 + 4 + 4 + 4  # type, version, count, duration: the media time follows
+    ticks = int.from_bytes(data[place : place + 4], "big")
+    scale_at = data.index(b"mdhd") + 4 + 4 + 8
+    scale = int.from_bytes(data[scale_at : scale_at + 4], "big")
+    data[place : place + 4] = (ticks + frames * scale // RATE).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_an_edit_list_that_begins_within_a_group(films, monkeypatch):
+    whole, _ = load(films("gop12.mp4"), (17 / RATE, 40 / RATE), monkeypatch, seek=False)
+    for seek in (False, True):
+        edited, _ = load(films("edited.mp4"), (0.0, 23 / RATE), monkeypatch, seek=seek)
+        np.testing.assert_array_equal(edited.frames, whole.frames)
+        np.testing.assert_allclose(edited.frame_times, whole.frame_times, atol=1e-6)
 
 
 def load(path, interval, monkeypatch, *, seek: bool):
@@ -200,11 +223,13 @@ def test_runs_begin_at_the_entry_before_and_are_merged_where_going_on_is_cheaper
 
 def test_one_pass_where_every_group_is_wanted():
     times, decoded, entries = film_of(10, 12)
-    runs = plan_runs(times, decoded, entries, [5.0 + 12 * i for i in range(10)])
+    runs = plan_runs(times, decoded, entries, [9.0 + 12 * i for i in range(10)])
     assert len(runs) == 1 and runs[0].entry is None
     assert not seeking_pays(runs, 120, whole_file=False)
     # The tail alone would be saved: a whole file is read to its end, for the damage that may be there.
     assert not seeking_pays(runs, 120, whole_file=True)
+    halfway = plan_runs(times, decoded, entries[:1], [50.0])
+    assert not seeking_pays(halfway, 120, whole_file=True)
     near_the_end = plan_runs(times, decoded, entries, [118.0])
     assert near_the_end[0].entry.order == 108 and seeking_pays(near_the_end, 120, whole_file=False)
 

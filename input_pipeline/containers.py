@@ -52,7 +52,7 @@ EXACT_LENGTH_FORMATS = frozenset({"mov", "matroska", "flac"})
 # files that merely begin in the middle of something, and report what they had to conceal anyway.
 STRICT_CODECS = frozenset({"flac"})  # and whatever decodes single pictures
 MEMORYLESS_SOUND = ("pcm_", "flac")  # Codecs whose packets are decoded each for itself.
-SOUND_ENTRY_SECONDS = 1.0  # Where decoding may begin is noted this often.
+PICTURE_ENTRY_SECONDS, SOUND_ENTRY_SECONDS = 0.15, 1.0  # Where decoding may begin is noted this often.
 MISSING_SECONDS = 0.5  # An end earlier than announced by this much ...
 MISSING_FRACTION = 0.02  # ... and by this share of the file counts as truncation; muxers round by less.
 
@@ -121,13 +121,14 @@ class Track:
     def may_enter(self, packet: av.Packet, time: float) -> bool:
         """Whether decoding that starts with this packet is the same as decoding from the start.
 
-        Of a sound only until the first hole, as its samples are counted, and about once a second.
+        A few a second are noted; of a sound only those until the first hole, as its samples are counted.
         """
+        spacing = SOUND_ENTRY_SECONDS if self.samples_per_tick else PICTURE_ENTRY_SECONDS
+        spaced = not self.entries or time >= self.entries[-1].time + spacing
         if not self.samples_per_tick:
-            return starts_afresh(self.codec, self.extradata, bytes(packet))
+            return spaced and starts_afresh(self.codec, self.extradata, bytes(packet))
         follows = not self.times or packet.pts == self.next_ticks
         self.next_ticks = packet.pts + packet.duration if follows and packet.duration else None
-        spaced = not self.entries or time >= self.entries[-1].time + SOUND_ENTRY_SECONDS
         return follows and spaced and self.samples_per_tick <= 1 and self.codec.startswith(MEMORYLESS_SOUND)
 
 

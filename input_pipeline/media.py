@@ -199,10 +199,11 @@ def load_media(
         kind: "video" (picture and sound, whichever are there), "audio" (the sound alone, even of a video),
             "image" (one picture, time 0, duration 0), or "auto": image by the file's suffix, else whatever
             streams it has.
-        interval: (start, end) in seconds on the media's own clock, see above. The result is as if the file
-            had been cut there: times count from `start`; a frame that is on screen then although it appeared
-            earlier has time 0; the sound are the samples that lie wholly within. An end beyond the file's is
-            the file's. A modality that has nothing in it is missing.
+        interval: (start, end) in seconds on the media's own clock, see above (with kind "audio" that of the
+            sound, even of a video). The result is as if the file had been cut there: times count from
+            `start`; a frame that is on screen then although it appeared earlier has time 0; of the sound
+            there are the samples that lie wholly within. An end beyond the file's is the file's. A modality
+            that has nothing in it is missing.
         limits: what the file may ask for; default `Limits()`.
         audio_reader: decodes the sound in place of PyAV: a function of the path that gives f32 [n] samples at
             16 kHz, mono, in [-1, 1], and the time of the first on the file's own clock in seconds. It is
@@ -236,7 +237,7 @@ def load_media(
         frames, times = _choose_frames(path, kind, video, spec, limits, part)
         starts.append(video.start)
         ends.append(video.end)
-    if audio is not None:
+    if audio is not None and (part is None or audio.end > part[0]):
         if given is None:
             chunks = read_sound(path, kind, audio, limits, *(part[:1] if part else ()))
             sound = cut_windows(chunks, audio.end, times or None, spec, part)

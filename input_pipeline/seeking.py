@@ -29,7 +29,7 @@ class LandedElsewhereError(Exception):
     """A seek did not reach its packet, or what was decoded from there is not what the timeline says."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """A packet that decoding may start from; ticks are of its stream's time base."""
 

@@ -261,6 +261,10 @@ def _write_sounds(folder: Path) -> None:
         samples = rng.integers(-9000, 9000, (channels, 2 * rate)).astype(np.int16)
         layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
         write_sound(folder / name, samples, rate, codec=codec, layout=layout)
+    bad = np.zeros((1, 16_000), np.float32)
+    bad[0, 8000] = np.nan
+    write_sound(folder / "not_a_number.wav", bad, 16_000, codec="pcm_f32le")
+    write_sound(folder / "loud.wav", 1e6 * _noise(2)[None].astype(np.float32), 16_000, codec="pcm_f32le")
     write_sound(folder / "hole.mka", _noise(0.5)[None], 16_000, starts=(0.0, 1.5))
     write_sound(folder / "short.wav", _noise(0.02)[None], 16_000)
     write_song_with_cover(folder / "cover.mp3")

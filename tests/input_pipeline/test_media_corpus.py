@@ -97,6 +97,8 @@ FILES: dict[str, Refused | Loaded] = {
     "song.m4a": Loaded([], [(0.0, 1.015), (1.0, 2.015)], 2.02),
     "hole.mka": SONG,
     "cover.mp3": SONG,
+    "loud.wav": SONG,  # clipped
+    "not_a_number.wav": Refused("decode", "no number at 0.5"),
     "short.wav": Refused("decode", "shorter than 25 ms"),
     "subtitles.mkv": Refused("open", "neither picture nor sound"),
     # pictures

@@ -85,6 +85,9 @@ def write_moving(
     with av.open(str(path), "w", options=container_options or {}) as container:
         video = container.add_stream(codec, rate=rate)
         video.width, video.height, video.pix_fmt = width, height, pix_fmt
+        video.codec_context.thread_count = (
+            1  # x264's threads and its mean bit rate make other files each time
+        )
         video.options = codec_options or {}
         for i in range(count):
             x = 3 * i % 150

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from input_pipeline import media, seeking
+from input_pipeline import containers, media, seeking
 from input_pipeline.containers import Limits, MediaError, read_timeline
 from input_pipeline.media import load_media
 from input_pipeline.seeking import Entry, LandedElsewhereError, plan_runs, seek_cost, seeking_pays
@@ -238,6 +238,60 @@ def test_frames_decoded_out_of_order_are_counted_where_they_are_decoded():
     runs = plan_runs([0.0, 1.0, 2.0, 3.0], [0.0, 3.0, 1.0, 2.0], [Entry(0, 0.0, 0, 0, None, 1)], [3.0, 3.5])
     assert runs[0].last == 1
     assert plan_runs([0.0, 1.0, 2.0, 3.0], [0.0, 3.0, 1.0, 2.0], [], [2.0, 3.0])[0].last == 3
+
+
+def test_the_picture_that_decides():
+    record = b"\1" + bytes(3) + b"\3" + bytes(20)  # lengths of four bytes, as in mp4
+    sei, idr, slice_ = b"\0\0\0\2\x06\1", b"\0\0\0\2\x65\1", b"\0\0\0\2\x41\1"
+    assert seeking.starts_afresh("h264", record, sei + idr)
+    assert not seeking.starts_afresh("h264", record, sei + slice_ + idr)
+    assert seeking.starts_afresh("h264", None, b"\0\0\0\1\x06\1\0\0\1\x65\1")
+    assert not seeking.starts_afresh("h264", None, b"\0\0\1\x06\1\0\0\1\x41\1")
+    for kind, expected in ((1, False), (15, False), (16, True), (19, True), (21, True), (22, False)):
+        unit = b"\0\0\1\x46\1\0\0\1" + bytes([kind << 1, 1])  # behind an access unit delimiter
+        assert seeking.starts_afresh("hevc", None, unit) == expected
+    sequence, delimiter = b"\x0a\2\0\0", b"\x12\0"
+    for frame, expected in ((0x10, True), (0x00, False), (0x30, False), (0x90, False)):
+        assert seeking.starts_afresh("av1", None, delimiter + sequence + bytes([0x32, 1, frame])) == expected
+        assert not seeking.starts_afresh("av1", None, delimiter + bytes([0x32, 1, frame]))
+    for byte, expected in ((0x82, True), (0x86, False), (0x8A, False), (0xB1, True), (0x42, False)):
+        assert seeking.starts_afresh("vp9", None, bytes([byte])) == expected
+    assert seeking.starts_afresh("vp8", None, b"\x10") and not seeking.starts_afresh("vp8", None, b"\x11")
+    assert seeking.starts_afresh("mpeg4", None, b"\0\0\1\xb6\x10")
+    assert not seeking.starts_afresh("mpeg4", None, b"\0\0\1\xb6\x50")
+    assert not seeking.starts_afresh("mjpeg", None, b"\xff\xd8")  # not judged: one pass
+
+
+def test_a_keyframe_behind_later_pictures_is_no_entry(films, monkeypatch):
+    """What is decoded before an entry must be shown before it, else a seek would miss it."""
+    path = films("gop12.mkv")
+    plain = read_timeline(path, "video", Limits()).video
+    assert len(plain.entries) > 5
+    latest = plain.entries[5]
+    # The same film, with every frame before the sixth entry shown ten seconds later.
+    demux = av.container.InputContainer.demux
+
+    class Container:
+        def __init__(self, container):
+            self._container = container
+
+        def __getattr__(self, name):
+            return getattr(self._container, name)
+
+        def demux(self):
+            for number, packet in enumerate(demux(self._container)):
+                if packet.size and number < latest.order:
+                    packet.pts += 10_000
+                yield packet
+
+    read_packets = containers._read_packets
+    monkeypatch.setattr(
+        containers,
+        "_read_packets",
+        lambda path, container, *args: read_packets(path, Container(container), *args),
+    )
+    moved = read_timeline(path, "video", Limits()).video
+    assert [entry.order for entry in moved.entries] == [entry.order for entry in plain.entries[:5]]
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc", "av1", "vp9", "vp8", "mpeg4", "mjpeg"])

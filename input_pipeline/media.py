@@ -104,10 +104,11 @@ class LoadedMedia:
 
     Attributes:
         frames: uint8 [t h w 3] RGB, h = w = image_size; t <= num_frames, 0 without picture.
-        frame_times: f64 [t], seconds from the media's start at which the chosen frames are shown.
+        frame_times: f64 [t], seconds from the start of the media, or of its interval, at which the chosen
+            frames are shown.
         windows: (start, end, f32 [n] samples at 16 kHz in [-1, 1]) with end - start = n / 16000 seconds,
             n <= window_samples; empty without sound.
-        duration: seconds; 0 for an image.
+        duration: seconds of the media or its interval; 0 for an image.
     """
 
     frames: np.ndarray
@@ -191,7 +192,8 @@ def load_media(
     What is checked: every packet of the whole file is read, so truncation is found wherever it is, and
     whatever is decoded must be sound. Without an interval that is the whole sound and the whole picture to
     its last frame, unless seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval
-    decoding ends where it does. Damage in parts that are not decoded is not seen.
+    decoding ends where it does. Not seen is damage in parts that are not decoded, and what a codec without
+    checksums decodes all the same: a changed bit of H.264 or mp3 may be a changed picture or sound.
 
     Args:
         path: a local file.

@@ -18,7 +18,7 @@ from av.container import InputContainer
 SAME_TIME = 1e-6  # s; timestamps are rationals with denominators up to 90,000 and more, compared as floats.
 
 # What one seek costs, in decoded packets: finding the place, and filling the decoder again, which shows a
-# picture only after those it reorders. benchmarks/decode.py measures 3.3 to 4.0 (H.264, 180p to 1080p).
+# picture only after those it reorders. benchmarks/decode.py measures 3.3 to 4.7 (H.264, 180p to 1080p).
 SEEK_PACKETS = 4
 # A whole file is read by seeking only if that costs at most this share of one pass to its end: the pass also
 # finds damage between the frames that are wanted, which is worth more than a little time.

@@ -99,20 +99,29 @@ def _doubles() -> array[float]:
 
 @dataclasses.dataclass
 class Track:
-    """One stream's packets: when they are shown, and where a decoder that seeks may start."""
+    """One stream's packets: when they are shown, and where a decoder that seeks may start.
+
+    Attributes:
+        index, codec, extradata: of the stream.
+        times: seconds at which each packet is shown, ascending.
+        decoded: the same in the order of decoding.
+        entries: where decoding may begin; none without `timed`.
+        timed: the container says when each packet is shown; else frames are timed by their number.
+        end: seconds, of the last packet.
+        samples_per_tick: of a sound.
+        next_ticks: where the next packet of a sound follows without a hole.
+    """
 
     index: int
     codec: str = ""
     extradata: bytes | None = None
-    times: array[float] = dataclasses.field(default_factory=_doubles)  # s, when each is shown, ascending
-    decoded: array[float] = dataclasses.field(default_factory=_doubles)  # the same in order of decoding
-    entries: list[Entry] = dataclasses.field(default_factory=list)  # none without `timed`
-    timed: bool = (
-        True  # the container states when each packet is shown; else frames are timed by their number
-    )
-    end: float = -np.inf  # s, end of the last packet
-    samples_per_tick: Fraction = Fraction(0)  # of a sound
-    next_ticks: int | None = None  # where the next packet of a sound follows without a hole
+    times: array[float] = dataclasses.field(default_factory=_doubles)
+    decoded: array[float] = dataclasses.field(default_factory=_doubles)
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    timed: bool = True
+    end: float = -np.inf
+    samples_per_tick: Fraction = Fraction(0)
+    next_ticks: int | None = None
 
     @property
     def start(self) -> float:
@@ -263,13 +272,14 @@ def _read_packets(
     """Fills the tracks; `announced` is the length in seconds that the header states, 0 if it states none."""
     first, last = np.inf, -np.inf  # over all streams: a subtitle may outlast the picture
     latest = dict.fromkeys(tracks, -np.inf)  # s; nothing decoded before an entry is shown after it
-    guessed = "avi" in container.format.name.split(
-        ","
-    )  # FFmpeg makes presentation times up where it reorders
+    # Of an AVI FFmpeg makes presentation times up; true are those of decoding, one frame after the other.
+    guessed = "avi" in container.format.name.split(",")
     seconds = {stream.index: float(stream.time_base or 0) for stream in container.streams}
     try:
         for packet in container.demux():
-            ticks = packet.dts if packet.pts is None or guessed else packet.pts
+            ticks = packet.pts
+            if ticks is None or (guessed and packet.dts is not None):
+                ticks = packet.dts
             if packet.size == 0 or ticks is None:
                 continue
             index = packet.stream_index

@@ -3,8 +3,9 @@
 Nothing a header says about length is trusted: `read_timeline` reads every packet without decoding, and what
 is missing, cut off or damaged is an error that says where.
 
-Which streams: `container.streams.best` (FFmpeg's av_find_best_stream: the largest picture, the default or
-richest sound), except that a cover picture attached to a song is no video.
+Which streams: `container.streams.best` (FFmpeg's av_find_best_stream: one that is flagged as the default
+before one that is not, then that of the highest bit rate, then the first), except that a cover picture
+attached to a song is no video.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import stat
 from array import array
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -23,6 +25,7 @@ import numpy as np
 from av.container import InputContainer
 
 from input_pipeline.errors import UserError
+from input_pipeline.seeking import Entry, decode_from, starts_afresh
 
 # Demuxers that may read a file. A text file named .mp4 that is a playlist (ffconcat, HLS, DASH) would make
 # FFmpeg open other files; only what is named here is ever opened, and only by the `file` protocol.
@@ -48,6 +51,8 @@ EXACT_LENGTH_FORMATS = frozenset({"mov", "matroska", "flac"})
 # Decoders told to fail at a wrong checksum or a cut-off picture. Others (H.264, mp3, ...) would then refuse
 # files that merely begin in the middle of something, and report what they had to conceal anyway.
 STRICT_CODECS = frozenset({"flac"})  # and whatever decodes single pictures
+MEMORYLESS_SOUND = ("pcm_", "flac")  # Codecs whose packets are decoded each for itself.
+PICTURE_ENTRY_SECONDS, SOUND_ENTRY_SECONDS = 0.15, 1.0  # Where decoding may begin is noted this often.
 MISSING_SECONDS = 0.5  # An end earlier than announced by this much ...
 MISSING_FRACTION = 0.02  # ... and by this share of the file counts as truncation; muxers round by less.
 
@@ -77,8 +82,8 @@ class MediaError(UserError):
     Attributes:
         path: the file.
         reason: what is wrong with it and, where there is one, the remedy.
-        stage: "open" (not a readable media file), "limit" (too large; the limit is named) or "decode"
-            (damaged).
+        stage: "open" (not a readable media file), "limit" (too large; the limit is named), "decode"
+            (damaged) or "interval" (there is no such part of it).
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, stage: str = "decode") -> None:
@@ -88,18 +93,52 @@ class MediaError(UserError):
         self.stage = stage
 
 
+def _doubles() -> array[float]:
+    return array("d")
+
+
 @dataclasses.dataclass
 class Track:
-    """One stream's packets in presentation order; a decoder that seeks would start at its keyframes."""
+    """One stream's packets: when they are shown, and where a decoder that seeks may start.
+
+    Attributes:
+        index, codec, extradata: of the stream.
+        times: seconds at which each packet is shown, ascending.
+        decoded: the same in the order of decoding.
+        entries: where decoding may begin; none without `timed`.
+        timed: the container says when each packet is shown; else frames are timed by their number.
+        end: seconds, of the last packet.
+        samples_per_tick: of a sound.
+        next_ticks: where the next packet of a sound follows without a hole.
+    """
 
     index: int
-    times: array[float]  # s, presentation time of each packet that is shown
-    keyframes: array[float]
-    end: float  # s, end of the last packet
+    codec: str = ""
+    extradata: bytes | None = None
+    times: array[float] = dataclasses.field(default_factory=_doubles)
+    decoded: array[float] = dataclasses.field(default_factory=_doubles)
+    entries: list[Entry] = dataclasses.field(default_factory=list)
+    timed: bool = True
+    end: float = -np.inf
+    samples_per_tick: Fraction = Fraction(0)
+    next_ticks: int | None = None
 
     @property
     def start(self) -> float:
         return self.times[0]
+
+    def may_enter(self, packet: av.Packet, time: float) -> bool:
+        """Whether decoding that starts with this packet is the same as decoding from the start.
+
+        A few a second are noted; of a sound only those until the first hole, as its samples are counted.
+        """
+        spacing = SOUND_ENTRY_SECONDS if self.samples_per_tick else PICTURE_ENTRY_SECONDS
+        spaced = not self.entries or time >= self.entries[-1].time + spacing
+        if not self.samples_per_tick:
+            return spaced and starts_afresh(self.codec, self.extradata, bytes(packet))
+        follows = not self.times or packet.pts == self.next_ticks
+        self.next_ticks = packet.pts + packet.duration if follows and packet.duration else None
+        return follows and spaced and self.samples_per_tick <= 1 and self.codec.startswith(MEMORYLESS_SOUND)
 
 
 @dataclasses.dataclass
@@ -183,7 +222,14 @@ def read_timeline(path: str | os.PathLike[str], kind: str, limits: Limits) -> Ti
                 path, "has no sound" if kind == "audio" else "has neither picture nor sound", "open"
             )
         _check_headers(path, container, video, audio, limits)
-        tracks = {i: Track(i, array("d"), array("d"), -np.inf) for i in (video, audio) if i is not None}
+        tracks = {}
+        for index in (video, audio):
+            if index is not None:
+                context = container.streams[index].codec_context
+                track = Track(index, context.codec.canonical_name, context.extradata)
+                if index == audio:
+                    track.samples_per_tick = container.streams[index].time_base * context.sample_rate
+                tracks[index] = track
         _read_packets(path, container, tracks, _announced_seconds(path, container, video), limits)
     timeline = Timeline(*(tracks[i] if i is not None and tracks[i].times else None for i in (video, audio)))
     if timeline.video is None and timeline.audio is None:
@@ -225,10 +271,15 @@ def _read_packets(
 ) -> None:
     """Fills the tracks; `announced` is the length in seconds that the header states, 0 if it states none."""
     first, last = np.inf, -np.inf  # over all streams: a subtitle may outlast the picture
+    latest = dict.fromkeys(tracks, -np.inf)  # s; nothing decoded before an entry is shown after it
+    # Of an AVI FFmpeg makes presentation times up; true are those of decoding, one frame after the other.
+    guessed = "avi" in container.format.name.split(",")
     seconds = {stream.index: float(stream.time_base or 0) for stream in container.streams}
     try:
         for packet in container.demux():
-            ticks = packet.dts if packet.pts is None else packet.pts
+            ticks = packet.pts
+            if ticks is None or (guessed and packet.dts is not None):
+                ticks = packet.dts
             if packet.size == 0 or ticks is None:
                 continue
             index = packet.stream_index
@@ -242,21 +293,28 @@ def _read_packets(
                 raise MediaError(
                     path, f"is cut off in the middle of a packet at {time:.3f} s (truncated file)"
                 )
+            if packet.pts is None or (guessed and packet.pts != packet.dts):
+                track.timed = False
+            elif packet.is_keyframe and time > latest[index] and track.may_enter(packet, time):
+                position = (packet.pts, packet.dts, packet.pos, packet.size)
+                track.entries.append(Entry(len(track.times), time, *position))
+            latest[index] = max(latest[index], time)
             track.times.append(time)
             track.end = max(track.end, end)
-            if packet.is_keyframe:
-                track.keyframes.append(time)
             if time - track.times[0] > limits.max_duration:
                 reason = f"is longer than the limit max_duration of {limits.max_duration:g} s"
                 raise MediaError(path, reason, "limit")
     except av.error.FFmpegError as error:
         raise MediaError(path, f"cannot be read beyond {max(last, 0.0):.3f} s ({error.strerror})") from None
-    missing = announced - (last - min(first, 0.0))
+    missing = announced - (last - min(first, 0.0) if first < np.inf else 0.0)
     if missing > max(MISSING_SECONDS, MISSING_FRACTION * announced):
         reached = max(last, 0.0)
         reason = f"its header announces {announced:.3f} s, its data end at {reached:.3f} s (truncated file)"
         raise MediaError(path, reason)
     for track in tracks.values():
+        if not track.timed:
+            track.entries = []
+        track.decoded = track.times
         track.times = array("d", sorted(track.times))  # B-frames are stored out of order
         # the last packet does not say how long it is
         if len(track.times) > 1 and track.end <= track.times[-1]:
@@ -286,9 +344,41 @@ def _check_picture(path: str | os.PathLike[str], width: int, height: int, limits
 
 
 def decode_stream(
-    path: str | os.PathLike[str], container: InputContainer, index: int, limits: Limits
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    index: int,
+    limits: Limits,
+    entry: Entry | None = None,
 ) -> Iterator[av.VideoFrame | av.AudioFrame]:
-    """Decodes one stream from its start to its end; damage anywhere raises MediaError."""
+    """Decodes one stream from its start, or from an entry, to its end; damage on the way raises MediaError.
+
+    A container that was just opened stands at its start. LandedElsewhereError: an entry was not reached.
+    """
+    stream = container.streams[index]
+    context = stream.codec_context
+    if not context.is_open:
+        _set_up_decoder(path, container, index, limits)
+    time = 0.0
+    try:
+        for frame in container.decode(stream) if entry is None else decode_from(container, stream, entry):
+            time = time if frame.time is None else frame.time
+            if frame.is_corrupt:
+                raise MediaError(path, f"{stream.type} stream {index} is damaged at {time:.3f} s")
+            if stream.type == "video":
+                _check_picture(path, frame.width, frame.height, limits)
+            yield frame
+    except av.error.FFmpegError as error:
+        if stream.type == "video" and isinstance(error, av.error.ArgumentError):
+            # What FFmpeg says to a size beyond max_pixels that only the picture itself announces.
+            reason = f"announces pictures beyond the limit max_pixels of {limits.max_pixels}, or of no size"
+            raise MediaError(path, reason, "limit") from None
+        reason = f"{stream.type} stream {index} cannot be decoded after {time:.3f} s ({error.strerror})"
+        raise MediaError(path, reason) from None
+
+
+def _set_up_decoder(
+    path: str | os.PathLike[str], container: InputContainer, index: int, limits: Limits
+) -> None:
     stream = container.streams[index]
     context = stream.codec_context
     # Frame threads deadlock in worker processes (PyAV issue 1962); parallelism here is one process per file.
@@ -299,15 +389,3 @@ def decode_stream(
         context.options = {"max_pixels": str(limits.max_pixels)}
     if container.format.name.endswith("_pipe") or context.name in STRICT_CODECS:
         context.options = {**context.options, "err_detect": "crccheck+explode"}
-    time = 0.0
-    try:
-        for frame in container.decode(stream):
-            time = time if frame.time is None else frame.time
-            if frame.is_corrupt:
-                raise MediaError(path, f"{stream.type} stream {index} is damaged at {time:.3f} s")
-            if stream.type == "video":
-                _check_picture(path, frame.width, frame.height, limits)
-            yield frame
-    except av.error.FFmpegError as error:
-        reason = f"{stream.type} stream {index} cannot be decoded after {time:.3f} s ({error.strerror})"
-        raise MediaError(path, reason) from None

@@ -1,8 +1,9 @@
 """Media files become arrays: frames, their true times, and 16 kHz audio windows. PyAV is the only decoder.
 
 Which files are opened and how their packets are read is containers.py. The timeline of the packets comes
-first; then one pass decodes the picture and keeps the chosen frames alone, another decodes the sound and
-keeps the windows alone. Memory is therefore bounded by the MediaSpec, not by the length of the file.
+first, and with it the plan: one pass over the picture or a few seeks, whichever decodes less (seeking.py).
+The chosen frames alone are kept, and of the sound the windows alone (sound.py). Memory is therefore bounded
+by the MediaSpec, not by the length of the file.
 
 Time zero is the first moment anything is shown or heard: the smaller of the first frame's and the first
 sample's presentation time. An audio file that starts at 0.138 s therefore starts at 0; a sound that starts
@@ -12,6 +13,7 @@ half a second after the picture has its first window at 0.5 s.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import os
 from array import array
@@ -24,7 +26,6 @@ from av.video.reformatter import Interpolation
 from PIL import Image
 
 from input_pipeline.containers import (
-    STRICT_CODECS,
     Limits,
     MediaError,
     Track,
@@ -32,6 +33,23 @@ from input_pipeline.containers import (
     decode_stream,
     open_container,
     read_timeline,
+)
+from input_pipeline.seeking import (
+    SAME_TIME,
+    LandedElsewhereError,
+    Run,
+    on_screen,
+    plan_runs,
+    seeking_pays,
+)
+from input_pipeline.sound import (
+    AudioReader,
+    Chunk,
+    cut_windows,
+    read_sound,
+    read_with,
+    sound_start,
+    window_starts,
 )
 from input_pipeline.spec import FBANK_FRAME_LENGTH, SAMPLE_RATE, MediaSpec
 
@@ -46,10 +64,7 @@ __all__ = [
     "window_starts",
 ]
 
-GAP_SECONDS = 0.1  # A hole this long between audio timestamps is real: a player is silent. Less is rounding.
-STRICT_GAP_SECONDS = 0.005  # The same for codecs that number their samples; Matroska rounds to 0.001 s.
 TIME_DIGITS = 9  # Decimals of a second that are kept: a sample at 16 kHz is a multiple of 0.0000625 s.
-SAME_TIME = 1e-6  # s; timestamps are rationals with denominators up to 90,000 and more, compared as floats.
 
 # Exact YCbCr to RGB, the same on every CPU. FFmpeg's default is faster and darker by half a level to one.
 RGB_CONVERSION = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
@@ -89,10 +104,11 @@ class LoadedMedia:
 
     Attributes:
         frames: uint8 [t h w 3] RGB, h = w = image_size; t <= num_frames, 0 without picture.
-        frame_times: f64 [t], seconds from the media's start at which the chosen frames are shown.
+        frame_times: f64 [t], seconds from the start of the media, or of its interval, at which the chosen
+            frames are shown.
         windows: (start, end, f32 [n] samples at 16 kHz in [-1, 1]) with end - start = n / 16000 seconds,
             n <= window_samples; empty without sound.
-        duration: seconds; 0 for an image.
+        duration: seconds of the media or its interval; 0 for an image.
     """
 
     frames: np.ndarray
@@ -125,25 +141,6 @@ def sample_times(times: array[float], end: float, spec: MediaSpec) -> list[float
         return [float(t) for t in np.linspace(times[0], times[-1], spec.num_frames)]
     segment = (end - times[0]) / spec.num_frames
     return [times[0] + (i + 0.5) * segment for i in range(spec.num_frames)]
-
-
-def window_starts(total: int, centres: list[float] | None, spec: MediaSpec) -> list[int]:
-    """First sample of each audio window of a sound of `total` samples at 16 kHz.
-
-    A sound that fits (total <= max_windows * window_hop) is cut into contiguous windows whose filterbank
-    frames join without a seam. A longer one gets max_windows whole windows, centred on `centres` (seconds
-    from the sound's start: the times of the frames) if there are as many of them, else on the midpoints of
-    max_windows equal segments; windows that would leave the sound are moved inside, and those that then
-    coincide are given once.
-    """
-    if total <= spec.max_windows * spec.window_hop:
-        return [i * spec.window_hop for i in range(spec.max_windows)]
-    if centres is None or len(centres) != spec.max_windows:
-        segment = total / SAMPLE_RATE / spec.max_windows
-        centres = [(i + 0.5) * segment for i in range(spec.max_windows)]
-    last = total - spec.window_samples
-    starts = [round(c * SAMPLE_RATE) - spec.window_samples // 2 for c in centres]
-    return sorted({min(max(s, 0), last) for s in starts})
 
 
 def probe(path: str | os.PathLike[str], *, kind: str = "auto", limits: Limits | None = None) -> MediaInfo:
@@ -182,9 +179,21 @@ def probe(path: str | os.PathLike[str], *, kind: str = "auto", limits: Limits | 
 
 
 def load_media(
-    path: str | os.PathLike[str], spec: MediaSpec, *, kind: str = "auto", limits: Limits | None = None
+    path: str | os.PathLike[str],
+    spec: MediaSpec,
+    *,
+    kind: str = "auto",
+    interval: tuple[float, float] | None = None,
+    limits: Limits | None = None,
+    audio_reader: AudioReader | None = None,
 ) -> LoadedMedia:
-    """Decodes a media file into the frames and audio windows a MediaSpec asks for.
+    """Decodes a media file, or an interval of it, into the frames and audio windows a MediaSpec asks for.
+
+    What is checked: every packet of the whole file is read, so truncation is found wherever it is, and
+    whatever is decoded must be sound. Without an interval that is the whole sound and the whole picture to
+    its last frame, unless seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval
+    decoding ends where it does. Not seen is damage in parts that are not decoded, and what a codec without
+    checksums decodes all the same: a changed bit of H.264 or mp3 may be a changed picture or sound.
 
     Args:
         path: a local file.
@@ -192,34 +201,62 @@ def load_media(
         kind: "video" (picture and sound, whichever are there), "audio" (the sound alone, even of a video),
             "image" (one picture, time 0, duration 0), or "auto": image by the file's suffix, else whatever
             streams it has.
+        interval: (start, end) in seconds on the media's own clock, see above (with kind "audio" that of the
+            sound, even of a video). The result is as if the file had been cut there: times count from
+            `start`; a frame that is on screen then although it appeared earlier has time 0; of the sound
+            there are the samples that lie wholly within. An end beyond the file's is the file's. A modality
+            that has nothing in it is missing.
         limits: what the file may ask for; default `Limits()`.
+        audio_reader: decodes the sound in place of PyAV: a function of the path that gives f32 [n] samples at
+            16 kHz, mono, in [-1, 1], and the time of the first on the file's own clock in seconds. It is
+            called for files in which PyAV finds sound; their packets are checked all the same.
 
     Raises:
-        MediaError: the file is missing, no allowed media format, beyond a limit, truncated, or damaged
-            anywhere. A damaged file is never returned as a shorter one.
+        MediaError: the file is missing, no allowed media format, beyond a limit, truncated, or damaged where
+            it is decoded; the interval is empty, begins beyond the end, holds nothing, or is one of an image.
+            A damaged file is never returned as a shorter one.
     """
     limits = limits or Limits()
     kind = check_file(path, kind, limits)
+    if interval is not None:
+        _check_interval(path, kind, interval)
     empty = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)
     if kind == "image":
         with open_container(path, kind, limits) as container:
             frame = _first_frame(path, container, 0, limits)
             return LoadedMedia(_upright_square(frame, spec.image_size)[None], np.zeros(1), [], 0.0)
     timeline = read_timeline(path, kind, limits)
-    starts, ends, frames, times, audio = [], [], [], [], None
-    if timeline.video is not None:
-        frames, times = _choose_frames(path, kind, timeline.video, spec, limits)
-        starts.append(timeline.video.start)
-        ends.append(timeline.video.end)
-    if timeline.audio is not None:
-        audio = _cut_windows(path, kind, timeline.audio, times or None, spec, limits)
-        if audio.windows:
-            starts.append(audio.start)
-            ends.append(audio.end)
-    if not starts:
+    video, audio = timeline.video, timeline.audio
+    given = read_with(path, audio_reader) if audio is not None and audio_reader is not None else None
+    part = None
+    if interval is not None:
+        heard = None
+        if audio is not None:
+            heard = _sound_span(audio, sound_start(path, kind, audio, limits) if given is None else given)
+        part = _part_of_file(path, video, heard, interval)
+    starts, ends, frames, times, sound = [], [], [], [], None
+    if video is not None:
+        frames, times = _choose_frames(path, kind, video, spec, limits, part)
+        starts.append(video.start)
+        ends.append(video.end)
+    if audio is not None and (part is None or audio.end > part[0]):
+        if given is None:
+            chunks = read_sound(path, kind, audio, limits, *(part[:1] if part else ()))
+            sound = cut_windows(chunks, audio.end, times or None, spec, part)
+        else:
+            sound = cut_windows([given], _sound_span(audio, given)[1], times or None, spec, part)
+        if sound.windows:
+            starts.append(sound.start)
+            ends.append(sound.end)
+    cut = sound.windows if sound else []
+    if not frames and not cut:
+        if part is not None:
+            reason = f"holds neither picture nor 25 ms of sound between {interval[0]:g} and {interval[1]:g} s"
+            raise MediaError(path, reason, "interval")
         raise MediaError(path, "its sound is shorter than 25 ms, one filterbank frame, and it has no picture")
-    start = min(starts)
-    cut = audio.windows if audio else []
+    start, end = min(starts), max(ends)
+    if part is not None:
+        start, end = part[0], min(end, part[1])
     return LoadedMedia(
         frames=np.stack(frames) if frames else empty,
         frame_times=np.round(np.asarray(times, np.float64) - start, TIME_DIGITS),
@@ -227,8 +264,45 @@ def load_media(
             (round(begin - start, TIME_DIGITS), round(end - start, TIME_DIGITS), samples)
             for begin, end, samples in cut
         ],
-        duration=round(max(ends) - start, TIME_DIGITS),
+        duration=round(end - start, TIME_DIGITS),
     )
+
+
+def _check_interval(path: str | os.PathLike[str], kind: str, interval: tuple[float, float]) -> None:
+    start, end = interval
+    if kind == "image":
+        raise MediaError(path, "is an image; an interval of one has no meaning, leave it out", "interval")
+    if not (0 <= start < end < np.inf):
+        reason = f"interval [{start:g}, {end:g}] s is none; use 0 <= start < end"
+        raise MediaError(path, reason, "interval")
+
+
+def _sound_span(track: Track, first: float | Chunk) -> tuple[float, float]:
+    """Start and end of a sound: the first sample's time and the packets' end, or those of a given sound."""
+    if isinstance(first, tuple):
+        _, samples, start = first
+        return start, start + len(samples) / SAMPLE_RATE
+    return first, track.end
+
+
+def _part_of_file(
+    path: str | os.PathLike[str],
+    video: Track | None,
+    heard: tuple[float, float] | None,
+    interval: tuple[float, float],
+) -> tuple[float, float]:
+    """An interval on the media's clock, which starts at 0, on the file's own."""
+    spans = [(video.start, video.end)] if video is not None else []
+    # A sound too short to be used does not start the media's clock either.
+    if heard is not None and (heard[1] - heard[0]) * SAMPLE_RATE >= FBANK_FRAME_LENGTH:
+        spans.append(heard)
+    if not spans:
+        raise MediaError(path, "its sound is shorter than 25 ms, one filterbank frame, and it has no picture")
+    start, end = min(s for s, _ in spans), max(e for _, e in spans)
+    if start + interval[0] >= end - SAME_TIME:
+        reason = f"interval [{interval[0]:g}, {interval[1]:g}] s begins beyond its end at {end - start:.3f} s"
+        raise MediaError(path, reason, "interval")
+    return start + interval[0], start + interval[1]
 
 
 def _first_frame(
@@ -252,36 +326,97 @@ def _probe_frame(
 
 
 def _choose_frames(
-    path: str | os.PathLike[str], kind: str, track: Track, spec: MediaSpec, limits: Limits
+    path: str | os.PathLike[str],
+    kind: str,
+    track: Track,
+    spec: MediaSpec,
+    limits: Limits,
+    part: tuple[float, float] | None = None,
 ) -> tuple[list[np.ndarray], list[float]]:
     """The frames on screen at the sampled times, each once, with the times in seconds at which they appear.
 
-    One sequential pass to the very end, so that damage is found wherever it is; only chosen frames are
-    converted. A frame is on screen from its own time to the next frame's.
+    A frame is on screen from its own time to the next frame's; in a part of the file from the part's start.
+    Seeking and one pass from the start give the same; a file in which they would not is read from the start.
     """
-    targets = sample_times(track.times, track.end, spec)
-    chosen, times = [], []
-    shown, shown_time, count, next_target = None, 0.0, 0, 0
-    with open_container(path, kind, limits) as container:
-        rate = float(container.streams[track.index].average_rate or 25)
-
-        def keep_if_wanted(until: float) -> None:
-            nonlocal next_target
-            wanted = bisect.bisect_left(targets, until - SAME_TIME, lo=next_target)
-            if wanted > next_target and shown is not None:
-                chosen.append(_upright_square(shown, spec.image_size))
-                times.append(shown_time)
-                next_target = wanted
-
-        for frame in decode_stream(path, container, track.index, limits):
-            time = frame.time if frame.time is not None else track.start + count / rate
-            count += 1
-            keep_if_wanted(time)
-            shown, shown_time = frame, time
-        keep_if_wanted(np.inf)
+    begin, end = part or (-np.inf, np.inf)
+    times, end = _times_within(track, begin, end)
+    if not times:
+        return [], []
+    targets = sample_times(times, end, spec)
+    runs = plan_runs(track.times, track.decoded, track.entries, targets)
+    chosen = None
+    if seeking_pays(runs, len(track.decoded), whole_file=part is None):
+        with contextlib.suppress(LandedElsewhereError):
+            chosen = _decode_runs(path, kind, track, runs, spec, limits)
+    if chosen is None:
+        whole = Run(None, targets, [], len(track.decoded) - 1)
+        chosen = _decode_runs(path, kind, track, [whole], spec, limits, to_the_end=part is None)
     if not chosen:
         raise MediaError(path, "no frame could be decoded")
-    return chosen, times
+    return [frame for frame, _ in chosen], [max(time, begin) for _, time in chosen]
+
+
+def _times_within(track: Track, begin: float, end: float) -> tuple[list[float], float]:
+    """When the frames of [begin, end) appear within it, and when the last of them ends."""
+    if track.end <= begin + SAME_TIME:
+        return [], end
+    last = bisect.bisect_left(track.times, end - SAME_TIME)
+    times = [max(time, begin) for time in track.times[on_screen(track.times, begin) : last]]
+    return times, min(track.end, end)
+
+
+def _decode_runs(
+    path: str | os.PathLike[str],
+    kind: str,
+    track: Track,
+    runs: list[Run],
+    spec: MediaSpec,
+    limits: Limits,
+    *,
+    to_the_end: bool = False,
+) -> list[tuple[np.ndarray, float]]:
+    """The pictures at the runs' targets, each once, and their times; only these are converted.
+
+    Raises:
+        LandedElsewhereError: a run states what is shown when, and it is not.
+    """
+    chosen = []
+    with open_container(path, kind, limits) as container:
+        for run in runs:
+            done = 0
+            frames = decode_stream(path, container, track.index, limits, run.entry)
+            for frame, time, wanted in _frames_at(frames, run.targets, track, to_the_end):
+                if any(abs(time - shown) > SAME_TIME for shown in run.shown[done:wanted]):
+                    raise LandedElsewhereError
+                done = wanted
+                chosen.append((_upright_square(frame, spec.image_size), time))
+            if done < len(run.shown):
+                raise LandedElsewhereError
+    return chosen
+
+
+def _frames_at(
+    frames: Iterator[av.VideoFrame], targets: list[float], track: Track, to_the_end: bool
+) -> Iterator[tuple[av.VideoFrame, float, int]]:
+    """Yields the frames on screen at `targets`, their times, and how many targets are served by then.
+
+    Frames without a time have that of the packet of their number. With `to_the_end` the rest is decoded, for
+    its damage.
+    """
+    shown, shown_time, served = None, 0.0, 0
+    for number, frame in enumerate(frames):
+        time = frame.time if track.timed else None
+        if time is None:
+            time = track.times[min(number, len(track.times) - 1)]
+        wanted = bisect.bisect_left(targets, time - SAME_TIME, lo=served)
+        if wanted > served and shown is not None:
+            yield shown, shown_time, wanted
+            served = wanted
+        if served == len(targets) and not to_the_end:
+            return
+        shown, shown_time = frame, time
+    if served < len(targets) and shown is not None:
+        yield shown, shown_time, len(targets)
 
 
 def _upright_square(frame: av.VideoFrame, size: int) -> np.ndarray:
@@ -302,87 +437,3 @@ def _upright_square(frame: av.VideoFrame, size: int) -> np.ndarray:
     if quarters:
         rgb = np.ascontiguousarray(np.rot90(rgb, quarters))
     return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC))
-
-
-@dataclasses.dataclass
-class _CutAudio:
-    windows: list[tuple[float, float, np.ndarray]]  # times on the file's own clock
-    start: float
-    end: float
-
-
-def _cut_windows(
-    path: str | os.PathLike[str],
-    kind: str,
-    track: Track,
-    centres: list[float] | None,
-    spec: MediaSpec,
-    limits: Limits,
-) -> _CutAudio:
-    """Decodes a sound stream and keeps the samples that fall into windows; the rest is dropped at once."""
-    start, total, starts, buffers = 0.0, 0, [], []
-    with open_container(path, kind, limits) as container:
-        for position, chunk, begin in _mono_16k(path, container, track.index, limits):
-            if not starts:
-                start = begin
-                # From packets, not samples: off by the encoder's delay, a small fraction of a window.
-                estimate = round((track.end - start) * SAMPLE_RATE)
-                on_sound = [c - start for c in centres] if centres else None
-                starts = window_starts(estimate, on_sound, spec)
-                buffers = [None] * len(starts)
-            total = max(total, position + len(chunk))
-            for i in range(bisect.bisect_right(starts, position - spec.window_samples), len(starts)):
-                offset = position - starts[i]
-                if offset + len(chunk) <= 0:
-                    break
-                if buffers[i] is None:
-                    buffers[i] = np.zeros(spec.window_samples, np.float32)
-                low = max(offset, 0)
-                high = min(offset + len(chunk), spec.window_samples)
-                buffers[i][low:high] = chunk[low - offset : high - offset]
-    windows = []
-    for first, buffer in zip(starts, buffers, strict=True):
-        valid = min(total - first, spec.window_samples)
-        # Less than one filterbank frame is no input: Kaldi's snip_edges drops it at a sound's end as well.
-        if buffer is not None and valid >= FBANK_FRAME_LENGTH:
-            begin = start + first / SAMPLE_RATE
-            windows.append((begin, begin + valid / SAMPLE_RATE, buffer[:valid]))
-    return _CutAudio(windows, start, start + total / SAMPLE_RATE)
-
-
-def _mono_16k(
-    path: str | os.PathLike[str], container: InputContainer, index: int, limits: Limits
-) -> Iterator[tuple[int, np.ndarray, float]]:
-    """Yields (position in samples, f32 [n] samples, start in seconds) of a sound as 16 kHz mono.
-
-    The resampler keeps the channels and the mean is taken here: FFmpeg's own downmix of float stereo is
-    (L + R) / sqrt(2), 1.41 times too loud and out of range. A hole in the timestamps moves the position on.
-    """
-    resampler, setup = None, None
-    start, written, expected = None, 0, 0.0
-    strict = container.streams[index].codec_context.name in STRICT_CODECS
-
-    def drain(frame: av.AudioFrame | None) -> Iterator[tuple[int, np.ndarray, float]]:
-        nonlocal written
-        for part in resampler.resample(frame):
-            samples = part.to_ndarray()
-            mono = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
-            yield written, np.clip(mono, -1.0, 1.0), start
-            written += len(mono)
-
-    for frame in decode_stream(path, container, index, limits):
-        if start is None:
-            start = expected = frame.time if frame.time is not None else 0.0
-        time = expected if frame.time is None else frame.time
-        if strict and (frame.time is None or abs(time - expected) > STRICT_GAP_SECONDS):
-            raise MediaError(path, f"its sound is damaged at {expected:.3f} s, samples are missing")
-        now = (frame.sample_rate, frame.format.name, frame.layout.nb_channels, frame.layout.name)
-        if now != setup or time - expected > GAP_SECONDS:
-            if resampler is not None:
-                yield from drain(None)
-            resampler, setup = av.AudioResampler(format="fltp", layout=frame.layout, rate=SAMPLE_RATE), now
-            written = max(written, round((time - start) * SAMPLE_RATE))
-        expected = max(time, expected) + frame.samples / frame.sample_rate
-        yield from drain(frame)
-    if resampler is not None:
-        yield from drain(None)

@@ -7,7 +7,6 @@ import os
 import shutil
 import struct
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -17,7 +16,13 @@ from PIL import Image
 
 from input_pipeline.media import Limits, MediaError, load_media, probe, window_starts
 from input_pipeline.spec import MediaSpec
-from tests.input_pipeline.media_corpus import cut, grey_levels, write_sound, write_video
+from tests.input_pipeline.media_corpus import (
+    cut,
+    grey_levels,
+    write_song_with_cover,
+    write_sound,
+    write_video,
+)
 
 SPEC = MediaSpec(num_frames=8, image_size=16, window_frames=100, max_windows=4)  # windows of 1 s
 TENTHS = [i / 10 for i in range(40)]
@@ -42,6 +47,8 @@ def shown(media) -> list[int]:
         ("a.mkv", "ffv1", {}),
         ("a.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "10"}),
         ("a.avi", "mpeg4", {}),
+        ("b.avi", "libx264", {"x264-params": "bframes=3:b-adapt=0"}),
+        ("c.avi", "mpeg4", {"bf": "2", "qmax": "2"}),
     ],
 )
 def test_midpoint_frames_and_their_times(tmp_path, name, codec, options):
@@ -282,20 +289,7 @@ def test_a_hole_in_the_sound_keeps_what_follows_in_its_place(tmp_path):
 
 
 def test_a_cover_picture_is_no_video(tmp_path):
-    with av.open(str(tmp_path / "a.mp3"), "w") as container:
-        sound = container.add_stream("libmp3lame", rate=16_000, layout="mono")
-        cover = container.add_stream("mjpeg")
-        cover.width = cover.height = 64
-        cover.pix_fmt, cover.codec_context.time_base = "yuvj420p", Fraction(1, 25)
-        cover.disposition = av.stream.Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 200, np.uint8), format="rgb24")
-        picture = picture.reformat(format="yuvj420p")
-        picture.pts = 0
-        container.mux(cover.encode(picture) + cover.encode(None))
-        frame = av.AudioFrame.from_ndarray(np.ones((1, 32_000), np.int16), format="s16", layout="mono")
-        frame.sample_rate, frame.pts, frame.time_base = 16_000, 0, Fraction(1, 16_000)
-        container.mux(sound.encode(frame))
-        container.mux(sound.encode(None))
+    write_song_with_cover(tmp_path / "a.mp3")
     with av.open(str(tmp_path / "a.mp3")) as container:
         assert container.streams.best("video") is not None
     media = load_media(tmp_path / "a.mp3", SPEC)

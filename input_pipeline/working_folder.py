@@ -67,11 +67,11 @@ class WorkingFolder:
             self._check_place()
             if self._plan not in (_text(self.path / PLAN), (self.complete or {}).get("plan")):
                 self.discard()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / PLAN, self._plan)
-            if not is_remote(self.path):
+            if not is_remote(self.path):  # Cloud Storage has no folders, only names with slashes.
+                self.path.mkdir(exist_ok=True)
                 for path in self.path.glob(".*.tmp"):  # what a killed run was writing
                     path.unlink()
+            write_text(self.path / PLAN, self._plan)
         except BaseException:
             self._release_lock()
             raise
@@ -144,16 +144,19 @@ class WorkingFolder:
             os.rename(self._replaced, self._out)
 
     def _move_objects(self, wanted: Sequence[str]) -> None:
-        self._out.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in self._out.iterdir() if path.name not in wanted and path.name != MANIFEST]
+        there = list(self._out.iterdir()) if self._out.exists() else []
+        stale = [path for path in there if path.name not in (*wanted, MANIFEST)]
         # From here to the end there are no records: half of them would be neither the old nor the new ones.
         with contextlib.suppress(FileNotFoundError):
             (self._out / MANIFEST).unlink()
         with ThreadPoolExecutor(MOVES_AT_ONCE) as executor:
             list(executor.map(lambda path: path.unlink(), stale))
+            # epath moves objects only into a folder that there is: one with an object in it.
+            if (self.path / REJECTED).exists():
+                (self.path / REJECTED).copy(self._out / REJECTED, overwrite=True)
             list(executor.map(self._move_object, wanted))
         self._move_object(MANIFEST)
-        _remove(self.path)
+        self.discard()
 
     def _move_object(self, name: str) -> None:
         if (self.path / name).exists():  # else a killed run has moved it

@@ -246,9 +246,7 @@ def test_shards_join_in_order_and_may_be_empty(tmp_path):
     rows = [{"path": f"{i}.mp4", "id": "", "reason": "is empty", "stage": "open"} for i in range(3)]
     made = make_records(3)
     parts = [([], rows[1:2]), (made[:1], []), ([], []), (made[1:], rows[2:]), ([], [])]
-    entries = [
-        write_shard(tmp_path, i, 5, part, rejected=refused) for i, (part, refused) in enumerate(parts)
-    ]
+    entries = [write_shard(tmp_path, i, 5, part, rejected=refused) for i, (part, refused) in enumerate(parts)]
     features = {"frame_features": [1, 2]}
     manifest = finish_records(
         tmp_path, SPEC, entries, plan="p", manifest_lines=9, rejected=rows[:1], features=features

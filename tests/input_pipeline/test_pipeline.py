@@ -48,8 +48,8 @@ decoding.serve()
 """
 
 
-# One that only takes its time, as long as the file's name says, and notes when it is through.
-SLEEPING = """\
+# One that notes what is through; the file "long" is when 28 others are, or after a minute without them.
+WAITING = """\
 import os, struct, sys, time
 import msgpack
 sys.path.insert(0, {root!r})
@@ -58,11 +58,14 @@ send(1, b"")
 while header := sys.stdin.buffer.read(8):
     job = msgpack.unpackb(sys.stdin.buffer.read(struct.unpack("<Q", header)[0]))
     path = job["lines"][0]["path"]
-    name = os.path.basename(path)
-    time.sleep(float(name.split("-")[0]))
+    end = time.monotonic() + 60
+    while path.endswith("long") and time.monotonic() < end:
+        if os.path.exists({log!r}) and open({log!r}).read().count("through") >= 28:
+            break
+        time.sleep(0.01)
     with open({log!r}, "a") as file:
-        print(time.monotonic(), file=file)
-    row = dict(path=path, id="", reason="sleepy", stage="decode")
+        print(os.path.basename(path), "through", file=file)
+    row = dict(path=path, id="", reason="no medium", stage="decode")
     send(1, msgpack.packb(dict(rejection=row)))
 """
 
@@ -175,12 +178,12 @@ def test_ctrl_c_leaves_what_is_finished(videos, undisturbed, tmp_path):
 
 def test_finished_records_are_left_alone(videos, undisturbed, tmp_path, capsys):
     shutil.copytree(undisturbed, tmp_path / "r")
-    before = {path: path.stat() for path in (tmp_path / "r").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").iterdir()}
     arguments = ("--manifest", videos, "--out", tmp_path / "r", *SIZES)
     assert call(*arguments) == 1  # as the first run: something is in rejected.jsonl
     printed = capsys.readouterr().out
     assert "up to date, nothing was done; --overwrite" in printed and "lines rejected" in printed
-    assert {path: path.stat() for path in (tmp_path / "r").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").iterdir()} == before
     with pytest.raises(RecordError, match="--overwrite"):
         call(*arguments, "--max-bytes", 10**9)
     assert os.listdir(tmp_path) == ["r"]
@@ -201,18 +204,16 @@ def test_a_file_that_hangs_or_crashes_the_decoder_costs_itself_alone(videos, poi
     assert [unpack_record(reader[i])["id"] for i in range(2)] == ["a.mp4", "z.mp4"]
 
 
-def test_workers_share_the_shards_evenly(tmp_path, monkeypatch):
-    """Four processes, one file that takes as long as eight others: shares dealt out beforehand would wait for it."""
+def test_what_waits_behind_a_long_file_goes_to_the_other_workers(tmp_path, monkeypatch):
+    """Four processes, 33 files: dealt out beforehand, eight would wait for the long one."""
     log = tmp_path / "log"
-    code = SLEEPING.format(root=str(Path(decoding.__file__).parents[1]), log=str(log))
+    code = WAITING.format(root=str(Path(decoding.__file__).parents[1]), log=str(log))
     monkeypatch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", code])
-    names = ["1.6-long.mp4", *(f"0.2-{i}.mp4" for i in range(32))]
+    names = ["long", *map(str, range(32))]
     listing = Listing([MediaLine(str(tmp_path / name), name, "video") for name in names], [])
-    report = prepare(listing, tmp_path / "r", SPEC, workers=4)
-    assert len(report.rejected) == 33
-    times = [float(line) for line in log.read_text().splitlines()]
-    # Dealt out, the long file's thread would do its last eight others alone, which takes 1.4 s.
-    assert len(times) == 33 and times[-1] - times[-8] < 1.0
+    assert len(prepare(listing, tmp_path / "r", SPEC, workers=4).rejected) == 33
+    order = [line.split()[0] for line in log.read_text().splitlines()]
+    assert len(order) == 33 and order.index("long") >= 28
 
 
 def test_media_that_changed_since_the_kill_are_decoded_again(videos, tmp_path):
@@ -296,6 +297,19 @@ def test_other_runners(videos, tmp_path, monkeypatch):
     assert (seen["runner"], seen["beam_options"]) == (
         "FlinkRunner", ["--flink_master=host:1", "--parallelism", "4"]
     )  # fmt: skip
+
+
+def test_a_runner_that_is_not_this_process(videos, undisturbed, tmp_path, monkeypatch, capfd):
+    """By its full name the in-process runner is treated as a cluster: nothing is shared with this process."""
+    out, runner = tmp_path / "r", "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", "raise OSError(7)"])
+        with pytest.raises(RuntimeError, match="could not start"):
+            prepare(read_manifest(videos), out, SPEC, runner=runner)
+    assert finished_shards(out) == 0 and not out.exists()
+    report = prepare(read_manifest(videos), out, SPEC, runner=runner)
+    assert contents(out) == contents(undisturbed) and report.resumed == 0
+    assert "25 shard done" in capfd.readouterr().err
 
 
 def test_work_that_travels_to_other_processes(videos, undisturbed, tmp_path):

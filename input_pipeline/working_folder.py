@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from input_pipeline.paths import AnyPath, is_remote, join, to_path, write_text
+from input_pipeline.paths import AnyPath, file_size, is_remote, join, to_path, write_text
 from input_pipeline.records import (
     MANIFEST,
     REJECTED,
@@ -47,7 +47,7 @@ class WorkingFolder:
 
     Raises:
         RecordError: on entering: `out_dir` holds records of another plan and `overwrite` is False, or it
-            holds something else, or another run is at work on it. On gs:// the last is not noticed.
+            holds something else or damaged records, or another run is at work on it. On gs:// the last is not noticed.
     """
 
     def __init__(self, out_dir: str | os.PathLike[str], plan: str, *, overwrite: bool = False) -> None:
@@ -126,7 +126,14 @@ class WorkingFolder:
         if foreign:
             raise RecordError(f"{out} holds other files ({foreign[0]}, ...); name a new or an empty folder")
         manifest = _manifest(out)
-        if manifest is not None and manifest.get("plan") == self._plan:
+        same = manifest is not None and manifest.get("plan") == self._plan
+        damaged = [shard["file"] for shard in manifest["shards"] if not _is_whole(out, shard)] if same else []
+        if damaged and not self._overwrite:
+            raise RecordError(
+                f"{out / damaged[0]} is missing or not as long as {MANIFEST} says; pass --overwrite to make the "
+                "records again"
+            )
+        if same and not damaged:
             self.finished = manifest
         elif (out / MANIFEST).exists() and not self._overwrite:
             raise RecordError(
@@ -211,6 +218,13 @@ def _manifest(folder: AnyPath) -> dict[str, Any] | None:
         return manifest if manifest.keys() >= {"counts", "shards"} else None
     except (ValueError, AttributeError):
         return None
+
+
+def _is_whole(folder: AnyPath, shard: dict[str, Any]) -> bool:
+    try:
+        return file_size(folder / shard["file"]) == shard["bytes"]
+    except FileNotFoundError:
+        return False
 
 
 def _remove(folder: AnyPath) -> None:

@@ -66,6 +66,13 @@ def test_finished_records_are_replaced_only_when_asked(tmp_path):
     with pytest.raises(RecordError, match="--overwrite"), WorkingFolder(tmp_path / "r", "two"):
         pass
     assert plan_of(tmp_path / "r") == "one" and os.listdir(tmp_path) == ["r"]
+    (shard,) = (tmp_path / "r").glob("shard*")
+    os.truncate(shard, 100)
+    with (
+        pytest.raises(RecordError, match=f"{shard.name} is missing.*--overwrite"),
+        WorkingFolder(tmp_path / "r", "one"),
+    ):
+        pass
     write_folder(tmp_path / "r", SPEC, [], manifest_lines=0, plan="two", overwrite=True)
     assert plan_of(tmp_path / "r") == "two"
 

@@ -290,7 +290,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `avlm prepare`."""
     limits = Limits()
     parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="media files to prepare; behind --, options of Beam"
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="media files to prepare; options of Beam may follow, behind -- (FILEs stand right before it)",
     )
     parser.add_argument(
         "--manifest", metavar="JSONL", help="manifest of JSON lines: media with conversations"

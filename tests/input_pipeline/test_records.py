@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import msgpack
 import numpy as np
 import pytest
 
+from input_pipeline import records as records_module
 from input_pipeline.media import LoadedMedia
 from input_pipeline.records import (
     RecordError,
     RecordReader,
-    RecordWriter,
     decode_record,
     encode_record,
+    finish_records,
+    finished_shard,
     pad_media,
+    shard_name,
     unpack_record,
+    write_shard,
 )
 from input_pipeline.spec import MediaSpec
+from tests.record_folder import write_folder
 
 SPEC = MediaSpec(num_frames=3, image_size=16, window_frames=16, max_windows=2)
 SAMPLES = [
@@ -41,12 +49,15 @@ def make_media(frames: int = 2, windows: int = 1, seed: int = 0) -> LoadedMedia:
     )
 
 
+def make_records(count: int) -> list[bytes]:
+    return [
+        encode_record(make_media(seed=number), media_id=f"m{number}", source="set", samples=SAMPLES)
+        for number in range(count)
+    ]
+
+
 def write(folder, records=1, **options):
-    with RecordWriter(folder, SPEC, **options) as writer:
-        for number in range(records):
-            media = make_media(seed=number)
-            writer.add(encode_record(media, media_id=f"m{number}", source="set", samples=SAMPLES))
-        return writer.finish(manifest_lines=records * 2)
+    return write_folder(folder, SPEC, make_records(records), manifest_lines=records * 2, **options)
 
 
 def test_round_trip():
@@ -106,15 +117,15 @@ def test_what_does_not_fit_is_refused():
 
 def test_foreign_bytes_and_schemas_are_refused():
     for data in (b"", b"no record", msgpack.packb([1]), msgpack.packb({"id": "a"})):
-        with pytest.raises(RecordError, match="schema 1"):
+        with pytest.raises(RecordError, match="schema 2"):
             unpack_record(data)
-    with pytest.raises(RecordError, match="schema 2.*avlm prepare"):
-        unpack_record(msgpack.packb({"schema": 2}))
+    with pytest.raises(RecordError, match="schema 1, this.*avlm prepare"):
+        unpack_record(msgpack.packb({"schema": 1}))
 
 
 def test_folder_of_records(tmp_path):
-    manifest = write(tmp_path / "r", 5, shard_bytes=8_000)
-    assert len(manifest["shards"]) > 1
+    manifest = write(tmp_path / "r", 5, shards=4)
+    assert [shard["count"] for shard in manifest["shards"]] == [1, 1, 1, 2]
     assert manifest["counts"] == {"manifest_lines": 10, "records": 5, "samples": 10, "rejected": 0}
     names = sorted(path.name for path in (tmp_path / "r").iterdir())
     count = len(manifest["shards"])
@@ -130,9 +141,10 @@ def test_folder_of_records(tmp_path):
         reader[5]
     assert reader.samples[3] == {
         "record": 1, "sample": 1, "id": "q2", "task": "caption", "source": "other",
-        "has_video": True, "has_audio": True,
+        "has_video": True, "has_audio": True, "conversations": [],
     }  # fmt: skip
     assert reader.samples[2]["source"] == "set"
+    assert reader.samples[2]["conversations"] == SAMPLES[0]["conversations"]
     reader.verify()
 
 
@@ -185,7 +197,7 @@ def test_unfinished_and_foreign_folders(tmp_path):
     manifest.write_text(json.dumps({**content, "schema_version": 9}))
     with pytest.raises(RecordError, match="schema_version 9"):
         RecordReader(tmp_path / "empty")
-    manifest.write_text('{"schema_version": 1}')
+    manifest.write_text('{"schema_version": 2}')
     with pytest.raises(RecordError, match="media_spec"):
         RecordReader(tmp_path / "empty")
     manifest.write_text("{")
@@ -193,25 +205,79 @@ def test_unfinished_and_foreign_folders(tmp_path):
         RecordReader(tmp_path / "empty")
 
 
-def test_writing_is_all_or_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), RecordWriter(tmp_path / "r", SPEC) as writer:
-        writer.add(encode_record(make_media(), media_id="a"))
+def test_a_finished_shard_is_known_and_a_damaged_one_is_not(tmp_path):
+    rejected = []
+
+    def records():
+        yield from make_records(2)
+        rejected.append({"path": "b.mp4", "id": "q", "reason": "is empty", "stage": "open"})
+
+    assert finished_shard(tmp_path, 0, 2) is None
+    entry = write_shard(tmp_path, 0, 2, records(), rejected=rejected, extra={"note": "x"})
+    assert (entry["count"], entry["samples"], entry["rejected"], entry["note"]) == (2, 4, 1, "x")
+    assert finished_shard(tmp_path, 0, 2) == entry
+    assert finished_shard(tmp_path, 1, 2) is None and finished_shard(tmp_path, 0, 3) is None
+    shard = tmp_path / entry["file"]
+    data = shard.read_bytes()
+    for damaged in (data[:-1], data[:100] + bytes([data[100] ^ 1]) + data[101:]):
+        shard.write_bytes(damaged)
+        assert finished_shard(tmp_path, 0, 2) is None
+    shard.write_bytes(data)
+    assert finished_shard(tmp_path, 0, 2) == entry
+    sidecar = tmp_path / f"{shard.name}.json"
+    sidecar.write_text(sidecar.read_text()[:-9])
+    assert finished_shard(tmp_path, 0, 2) is None
+    with pytest.raises(RecordError, match="missing or damaged"):
+        finish_records(tmp_path, SPEC, [entry], plan="p", manifest_lines=4)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path):
+    def records():
+        yield make_records(1)[0]
         raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_shard(tmp_path, 0, 1, records())
     assert list(tmp_path.iterdir()) == []
 
-    first = write(tmp_path / "r", 2)
-    with pytest.raises(RecordError, match="--overwrite"):
-        RecordWriter(tmp_path / "r", SPEC)
-    with pytest.raises(ZeroDivisionError), RecordWriter(tmp_path / "r", SPEC, overwrite=True):
-        raise ZeroDivisionError
-    assert RecordReader(tmp_path / "r").manifest == first
-    assert write(tmp_path / "r", 1, overwrite=True) == RecordReader(tmp_path / "r").manifest != first
 
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "manifest.json").write_text("{}")
-    (tmp_path / "photos" / "holiday.jpg").write_text("dear")
-    with pytest.raises(RecordError, match=r"holiday\.jpg"):
-        RecordWriter(tmp_path / "photos", SPEC, overwrite=True)
-    assert (tmp_path / "photos" / "holiday.jpg").exists()
-    with pytest.raises(RecordError, match="is a file"):
-        RecordWriter(tmp_path / "photos" / "holiday.jpg", SPEC)
+def test_shards_join_in_order_and_may_be_empty(tmp_path):
+    rows = [{"path": f"{i}.mp4", "id": "", "reason": "is empty", "stage": "open"} for i in range(3)]
+    made = make_records(3)
+    parts = [([], rows[1:2]), (made[:1], []), ([], []), (made[1:], rows[2:]), ([], [])]
+    entries = [write_shard(tmp_path, i, 5, part, rejected=refused) for i, (part, refused) in enumerate(parts)]
+    features = {"frame_features": [1, 2]}
+    manifest = finish_records(
+        tmp_path, SPEC, entries, plan="p", manifest_lines=9, rejected=rows[:1], features=features
+    )
+    assert manifest["counts"] == {"manifest_lines": 9, "records": 3, "samples": 6, "rejected": 3}
+    assert (manifest["plan"], manifest["features"]) == ("p", features)
+    assert [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()] == rows
+    reader = RecordReader(tmp_path, SPEC)
+    assert [unpack_record(reader[i])["id"] for i in range(3)] == ["m0", "m1", "m2"]
+    assert [row["record"] for row in reader.samples] == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(IndexError):
+        reader[3]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """In a process that may open as few files as there are shards left to read."""
+    shards, (record,) = 1_100, make_records(1)
+    first = write_shard(tmp_path, 0, shards, [record])
+    entries = [{**first, "file": shard_name(i, shards)} for i in range(shards)]
+    for entry in entries[1:]:
+        os.link(tmp_path / first["file"], tmp_path / entry["file"])
+        os.link(tmp_path / f"{first['file']}.json", tmp_path / f"{entry['file']}.json")
+    finish_records(tmp_path, SPEC, entries, plan="p", manifest_lines=2 * shards)
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "from input_pipeline.records import RecordReader\n"
+        "reader = RecordReader(sys.argv[1])\n"
+        "print(len({reader[i] for i in range(len(reader))}), len(reader))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = os.path.dirname(os.path.dirname(records_module.__file__))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.stdout.split() == ["1", "1100"], result.stderr[-2000:]

@@ -193,7 +193,7 @@ def _mono_16k(
     def drain(frame: av.AudioFrame | None) -> Iterator[Chunk]:
         nonlocal written
         for part in resampler.resample(frame):
-            samples = part.to_ndarray()
+            samples = part.to_ndarray().reshape(-1, part.layout.nb_channels).T
             mono = samples[0] if len(samples) == 1 else samples.mean(axis=0, dtype=np.float32)
             wrong = np.isnan(mono)
             if wrong.any():
@@ -232,7 +232,8 @@ def _mono_16k(
             if ends < (begin - start) * SAMPLE_RATE - RUN_UP and _repeats(frame.sample_rate):
                 taken += frame.samples
                 continue
-            resampler = av.AudioResampler(format="fltp", layout=frame.layout, rate=SAMPLE_RATE)
+            # Interleaved: PyAV 18.1 crashes on the planes of eight and more channels.
+            resampler = av.AudioResampler(format="flt", layout=frame.layout, rate=SAMPLE_RATE)
             lead = taken % (frame.sample_rate // math.gcd(frame.sample_rate, SAMPLE_RATE))
             written = base + (taken - lead) * SAMPLE_RATE // frame.sample_rate
             if lead:  # the resampler must begin where its filter would stand in the same place

@@ -121,7 +121,7 @@ def _encode_sound(container, stream, samples, rate, start, *, last=True):
     samples = np.atleast_2d(samples)
     kind = "s16" if samples.dtype == np.int16 else "flt"
     packed = np.ascontiguousarray(samples.T.reshape(1, -1))
-    layout = {1: "mono", 2: "stereo", 6: "5.1"}[len(samples)]
+    layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[len(samples)]
     frame = av.AudioFrame.from_ndarray(packed, format=kind, layout=layout)
     frame.sample_rate, frame.pts, frame.time_base = rate, round(start * rate), Fraction(1, rate)
     container.mux(stream.encode(frame))
@@ -253,6 +253,7 @@ def _write_sounds(folder: Path) -> None:
         ("mono.wav", "pcm_s16le", 16_000, 1),
         ("stereo.wav", "pcm_s16le", 44_100, 2),
         ("surround.wav", "pcm_s16le", 48_000, 6),
+        ("cinema.wav", "pcm_s16le", 48_000, 8),
         ("rate_8000.wav", "pcm_s16le", 8_000, 1),
         ("rate_48000.wav", "pcm_s16le", 48_000, 1),
         ("bits_24.wav", "pcm_s24le", 16_000, 1),
@@ -262,7 +263,7 @@ def _write_sounds(folder: Path) -> None:
         ("song.m4a", "aac", 44_100, 2),
     ):
         samples = rng.integers(-9000, 9000, (channels, 2 * rate)).astype(np.int16)
-        layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+        layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[channels]
         write_sound(folder / name, samples, rate, codec=codec, layout=layout)
     bad = np.zeros((1, 16_000), np.float32)
     bad[0, 8000] = np.nan

@@ -308,7 +308,7 @@ def parse_line(
     known = {"id", "task", "source", "conversations", "interval", *MEDIA_KEYS}
     return MediaLine(
         path=path,
-        name=Path(os.path.relpath(path, root)).as_posix() + _interval_suffix(interval),
+        name=os.path.relpath(path, root).replace(os.sep, "/") + _interval_suffix(interval),
         kind=kind,
         id=line_id,
         task=entry.get("task") or DEFAULT_TASK,

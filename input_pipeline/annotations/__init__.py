@@ -178,7 +178,7 @@ def _find(dataset: str) -> type[Importer]:
         return names[_plain(dataset)]
     near = difflib.get_close_matches(_plain(dataset), names, 1, 0.6)
     hint = f"; did you mean {names[near[0]].name}?" if near else ""
-    raise AnnotationError(f"unknown data set {dataset!r}{hint} Known: {', '.join(DATASETS)}")
+    raise AnnotationError(f"unknown data set {dataset!r}{hint}. Known: {', '.join(DATASETS)}")
 
 
 def _make(importer: type[Importer], options: dict[str, Any]) -> Importer:

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: Video-MME's prompt, and options with or without letters."""
+"""Multiple-choice questions: Video-MME's prompt, and the texts of options without their letters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INSTRUCTION = (
     "Respond with only the letter (A, B, C, or D) of the correct option."
 )
 CLOSING = "The best answer is:"
-_LETTERED = re.compile(r"\s*\(?([A-H])[.:)]\s*(.*)", re.DOTALL)
+_LETTERED = re.compile(r"\(?([A-H])[.:)]\s*(.*)", re.DOTALL)
 
 
 def choice_prompt(question: str, options: Sequence[str]) -> str:
@@ -29,26 +29,26 @@ def choice_prompt(question: str, options: Sequence[str]) -> str:
     return "\n".join([INSTRUCTION, question, *lettered, CLOSING])
 
 
-def plain_options(options: Any) -> list[str]:
-    """The texts of options without their letters, which must be A, B, ... in order if there are any.
-
-    Raises:
-        RowError: they are no list of different texts, or lettered otherwise.
-    """
+def option_texts(options: Any) -> list[str]:
+    """Options as they stand, without blanks around them; RowError if they are no list of two to eight texts."""
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise RowError(f"its options are {str(options)[:80]!r}; a list of two to eight texts is expected")
     if not all(isinstance(option, str) and option.strip() for option in options):
         raise RowError("one of its options is no text")
-    matches = [_LETTERED.fullmatch(option) for option in options]
-    if any(matches):
-        letters = "".join(match[1] if match else "-" for match in matches)
-        if letters != LETTERS[: len(options)]:
-            raise RowError(f"its options are lettered {letters}, not {LETTERS[: len(options)]}")
-        options = [match[2] for match in matches if match]
-    texts = [option.strip() for option in options]
-    if not all(texts):
-        raise RowError("one of its options is a letter alone")
-    return texts
+    return [option.strip() for option in options]
+
+
+def without_letters(options: Any) -> list[str]:
+    """The texts of options that are written "A. ...", "B. ...", ...
+
+    Raises:
+        RowError: see `option_texts`; or they are lettered otherwise.
+    """
+    matches = [_LETTERED.fullmatch(option) for option in option_texts(options)]
+    letters = "".join(match[1] if match else "-" for match in matches)
+    if letters != LETTERS[: len(matches)]:
+        raise RowError(f"its options are lettered {letters}, not {LETTERS[: len(matches)]}")
+    return option_texts([match[2] for match in matches if match])
 
 
 def answer_letter(answer: Any, options: Sequence[str]) -> str:

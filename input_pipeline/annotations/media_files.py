@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePosixPath
 
 from input_pipeline.annotations.rows import AnnotationError, RowError
 from input_pipeline.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
@@ -74,7 +73,7 @@ class MediaFiles:
 
 def kind_of(name: str) -> str:
     """ "video", "audio" or "image", by suffix."""
-    return _KINDS[PurePosixPath(name).suffix.lower()]
+    return _KINDS[os.path.splitext(name)[1].lower()]
 
 
 def _walk_folder(root: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from input_pipeline.annotations.choices import answer_letter, choice_prompt, plain_options
+from input_pipeline.annotations.choices import answer_letter, choice_prompt, option_texts
 from input_pipeline.annotations.importer import (
     Importer,
     LeftOut,
@@ -126,7 +126,7 @@ class SavenVid(Importer):
             if status != ACCEPTED:
                 return LeftOut(f"review {status}")
         name, stem = text_of(question, "id"), text_of(question, "question")
-        options = plain_options(question.get("options"))
+        options = option_texts(question.get("options"))
         letter = answer_letter(question.get("answer"), options)
         if question.get("type") not in (1, 2, 3, 4, 5):
             raise RowError(f"its type is {question.get('type')!r}; 1 to 5 are known")

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from input_pipeline.annotations.choices import answer_letter, choice_prompt, plain_options
+from input_pipeline.annotations.choices import answer_letter, choice_prompt, without_letters
 from input_pipeline.annotations.importer import (
     Importer,
     Outcome,
@@ -89,7 +89,7 @@ class VideoMme(Importer):
                 f"its duration is {about['duration']!r}; one of {', '.join(DURATIONS)} is expected"
             )
         question_id, task_type = text_of(question, "question_id"), text_of(question, "task_type")
-        options = plain_options(question.get("options"))
+        options = without_letters(question.get("options"))
         letter = answer_letter(question.get("answer"), options)
         names = _names(video)
         path, _ = files.find(names)

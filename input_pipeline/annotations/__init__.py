@@ -95,7 +95,7 @@ def import_annotations(
     ids: set[str] = set()
     try:
         for where, outcome in track(
-            importer.read(path, files), label=f"import {importer.name}", unit="samples"
+            importer.read(path, files), label=f"import {importer.name}", unit="items"
         ):
             if isinstance(outcome, LeftOut):
                 left_out[outcome.reason] += 1

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from input_pipeline.errors import UserError
@@ -88,10 +88,9 @@ def csv_rows(
         WrongFile: a column is missing.
         AnnotationError: the file cannot be read.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
     with open_text(path) as file:
         lines = _without_comments(file) if skip_space else file
-        reader = csv.reader(lines, strict=True, skipinitialspace=skip_space)
+        reader = _reader(lines, strict=True, skipinitialspace=skip_space)
         names = [name.strip() for name in names or _next_or_none(path, reader) or ()]
         for column in required:
             if column not in names:
@@ -120,6 +119,13 @@ def csv_rows(
                 yield Row(number, {}, f"has {len(fields)} fields where {len(names)} are expected")
             else:
                 yield Row(number, dict(zip(names, fields, strict=True)))
+
+
+def _reader(lines: Iterable[str], **form: Any) -> Any:
+    csv.field_size_limit(
+        max(csv.field_size_limit(), FIELD_LIMIT)
+    )  # Of the whole process: Python has no other.
+    return csv.reader(lines, **form)
 
 
 def _next_or_none(path: str | os.PathLike[str], reader: Iterator[list[str]]) -> list[str] | None:
@@ -286,9 +292,8 @@ def read_head(path: str | os.PathLike[str]) -> Head:
         if text.lstrip()[:1] in ("[", "{"):
             row = next(json_rows(path, ()), None)
             return Head(frozenset(row.values if row else ()))
-        csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
         lines = [line for line in text.splitlines() if not line.startswith("#")]
-        first = next(csv.reader(lines, skipinitialspace=True), [])
+        first = next(_reader(lines, skipinitialspace=True), [])
     except (UserError, UnicodeDecodeError, csv.Error):
         return Head(frozenset())
     names = tuple(name.strip() for name in first)

@@ -134,16 +134,27 @@ def read_subtitles(folder: Path, names: list[str]) -> list[list[Any]] | None:
             continue
         except UnicodeDecodeError:
             raise RowError(f"{path} is no UTF-8 text") from None
-        cues = []
-        for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").strip()):
-            lines = block.split("\n")
-            arrow = next((number for number, line in enumerate(lines[:2]) if "-->" in line), None)
-            if arrow is None:
-                raise RowError(f"{path} is no SubRip file: {block[:40]!r} holds no times")
-            start, end = (
-                clock_seconds(time.strip().replace(",", "."), "subtitle")
-                for time in lines[arrow].split("-->")[:2]
-            )
-            cues.append([start, end, " ".join(line.strip() for line in lines[arrow + 1 :]).strip()])
-        return cues
+        return [_cue(path, times, words) for times, words in _cues(path, text)]
     return None
+
+
+def _cues(path: Path, text: str) -> list[tuple[str, str]]:
+    """(line of times, text) of each cue."""
+    lines = text.splitlines()
+    arrows = [number for number, line in enumerate(lines) if "-->" in line]
+    if not arrows and text.strip():
+        raise RowError(f"{path} is no SubRip file: no line of it holds times")
+    found = []
+    for number, arrow in enumerate(arrows):
+        end = arrows[number + 1] if number + 1 < len(arrows) else len(lines)
+        body = lines[arrow + 1 : end]
+        if number + 1 < len(arrows) and body and body[-1].strip().isdecimal():
+            body.pop()  # The number of the next cue.
+        found.append((lines[arrow], " ".join(" ".join(body).split())))
+    return found
+
+
+def _cue(path: Path, times: str, words: str) -> list[Any]:
+    start, end = (part.split()[0] if part.split() else "" for part in times.split("-->")[:2])
+    what = f"time in {path.name}"
+    return [clock_seconds(start.replace(",", "."), what), clock_seconds(end.replace(",", "."), what), words]

@@ -62,7 +62,9 @@ def test_videomme_missing_videos_are_refused_by_question(fixtures, tmp_path, rea
 
 
 def test_videomme_template_is_no_json(load):
-    with pytest.raises(AnnotationError, match=r"template.json, line 15: is no JSON .*a comma stands ahead"):
+    with pytest.raises(
+        AnnotationError, match=r"template.json, line 1[45]: is no JSON .*a comma stands ahead"
+    ):
         load("videomme", "videomme_template.json", ("001.mp4",))
 
 
@@ -81,6 +83,11 @@ def test_videomme_subtitles(load, fixtures, tmp_path, reasons):
     first, last = load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder)).lines
     assert "subtitles" not in first.extra
     assert last.extra["subtitles"] == [[1.0, 2.5, "Hello there"], [3603.25, 3604.0, "Good bye"]]
+    (folder / "kkkkkkkkkk1.srt").write_text("\n")
+    assert (
+        load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder)).lines[0].extra["subtitles"]
+        == []
+    )
     (folder / "kkkkkkkkkk1.srt").write_text("WEBVTT\n\nno times")
     listing = load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder))
     assert "is no SubRip file" in reasons(listing)["videomme-001-1"]

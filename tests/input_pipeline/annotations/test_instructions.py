@@ -101,6 +101,16 @@ def test_times_in_options_are_not_told_to_the_model(tmp_path, load, fixtures, me
     assert parse_intervals(interval_source(question.conversations[0]["value"]), 60.0, 8) == []
 
 
+def test_texts_that_look_lettered_stay_whole(tmp_path, fixtures, media):
+    """This project's form has options without letters; a name with an initial is none."""
+    text = (fixtures / "saven_vid.json").read_text().replace('"a bell"', '"B. Smith"')
+    (tmp_path / "names.json").write_text(text)
+    listing = import_annotations("saven_vid", tmp_path / "names.json", media("hike.mp4"))
+    (question,) = [line for line in listing.lines if line.id == "hike-q1"]
+    assert question.extra["options"] == ["silence", "B. Smith", "wind", "rain"]
+    assert "\nB. B. Smith\n" in question.conversations[0]["value"]
+
+
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic")

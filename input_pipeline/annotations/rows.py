@@ -122,9 +122,8 @@ def csv_rows(
 
 
 def _reader(lines: Iterable[str], **form: Any) -> Any:
-    csv.field_size_limit(
-        max(csv.field_size_limit(), FIELD_LIMIT)
-    )  # Of the whole process: Python has no other.
+    # Of the whole process: Python has no other.
+    csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
     return csv.reader(lines, **form)
 
 

@@ -319,14 +319,6 @@ def parse_line(
     )
 
 
-def group_by_media(lines: Iterable[MediaLine]) -> list[list[MediaLine]]:
-    """Lines on the same part of the same file, read the same way, together; in the order in which they first appear."""
-    groups: dict[tuple[str, str, tuple[float, float] | None], list[MediaLine]] = {}
-    for line in lines:
-        groups.setdefault((line.path, line.kind, line.interval), []).append(line)
-    return list(groups.values())
-
-
 def _is_interval(value: Any) -> bool:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
         return False
@@ -341,6 +333,14 @@ def _interval_suffix(interval: tuple[float, float] | None) -> str:
         return ""
     start, end = (text if float(text := f"{t:.3f}") == t else repr(t) for t in interval)
     return f"#{start}-{end}"
+
+
+def group_by_media(lines: Iterable[MediaLine]) -> list[list[MediaLine]]:
+    """Lines on the same file, read the same way, together; in the order in which the files first appear."""
+    groups: dict[tuple[str, str, tuple[float, float] | None], list[MediaLine]] = {}
+    for line in lines:
+        groups.setdefault((line.path, line.kind, line.interval), []).append(line)
+    return list(groups.values())
 
 
 def _absolute(root: str | os.PathLike[str], path: str) -> str:

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import heapq
+import inspect
 import os
 import re
 from collections import Counter
@@ -35,7 +36,7 @@ from input_pipeline.annotations.videomme import VideoMme
 from input_pipeline.manifest import Listing, MediaLine, Rejection, parse_line
 from input_pipeline.progress import track
 
-__all__ = ["DATASETS", "AnnotationError", "describe_datasets", "import_annotations"]
+__all__ = ["DATASETS", "AnnotationError", "describe_dataset", "describe_datasets", "import_annotations"]
 
 DATASETS: dict[str, type[Importer]] = {
     importer.name: importer
@@ -126,13 +127,27 @@ def import_annotations(
 
 
 def describe_datasets() -> str:
-    """The data sets, a line each with the file they read, and their options: for the command's help."""
+    """The data sets, a line each with the file they read: for the command's help."""
     width = max(map(len, DATASETS))
-    lines = []
-    for name, importer in DATASETS.items():
-        lines.append(f"  {name:{width}}  {importer.title}: {importer.summary}")
-        for field in dataclasses.fields(importer):
-            lines.append(f"  {'':{width}}    {field.name}={field.default}: {field.metadata['help']}")
+    return "\n".join(f"  {n:{width}}  {i.title}: {i.summary}" for n, i in DATASETS.items())
+
+
+def describe_dataset(dataset: str) -> str:
+    """What one data set's importer expects, where the public files come from, and its options.
+
+    Raises:
+        AnnotationError: unknown data set.
+    """
+    importer = _find(dataset)
+    lines = [
+        f"{importer.title} (--dataset {importer.name})",
+        "",
+        inspect.cleandoc(importer.__doc__ or ""),
+        "",
+    ]
+    lines += ["options:", "  max_samples=0: keep so many, the same ones in every run; 0 keeps all"]
+    for field in dataclasses.fields(importer):
+        lines.append(f"  {field.name}={field.default}: {field.metadata['help']}")
     return "\n".join(lines)
 
 

@@ -6,7 +6,13 @@ import random
 
 import pytest
 
-from input_pipeline.annotations import DATASETS, AnnotationError, describe_datasets, import_annotations
+from input_pipeline.annotations import (
+    DATASETS,
+    AnnotationError,
+    describe_dataset,
+    describe_datasets,
+    import_annotations,
+)
 from input_pipeline.annotations import rows as rows_module
 from input_pipeline.annotations.media_files import MediaFiles
 from input_pipeline.annotations.rows import csv_rows, json_rows
@@ -34,7 +40,14 @@ def test_every_data_set_is_described_and_has_a_fixture():
     described = describe_datasets()
     for name, importer in DATASETS.items():
         assert f"  {name} " in described and importer.title in described
-        assert importer.__doc__ and "\n" in importer.__doc__
+        assert importer.__doc__ and "Media" in importer.__doc__ or "media root" in importer.__doc__
+        assert "options:\n  max_samples=0: " in describe_dataset(importer.title)
+    one = describe_dataset("vggsound")
+    assert (
+        "VGGSound (--dataset vggsound)" in one
+        and "No header" in one
+        and "  split=train: train, test or all" in one
+    )
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_synthetic_videos_come_through_to_records(synthetic, tmp_path):
     listing = import_annotations("saven_vid", synthetic / "annotations.json", synthetic)
     assert listing.rejections == [] and listing.left_out == {}
     spec = MediaSpec(num_frames=2, image_size=16, window_frames=64, max_windows=2)
-    report = prepare(listing, tmp_path / "records", spec, workers=0)
+    report = prepare(listing, tmp_path / "records", spec, workers=1)
     assert (report.exit_code, report.records, report.samples) == (0, 1, len(listing.lines))
     reader = RecordReader(tmp_path / "records")
     samples = unpack_record(reader[0])["samples"]

@@ -16,9 +16,11 @@ import heapq
 import inspect
 import os
 import re
+import sys
 from collections import Counter
 from typing import Any
 
+from input_pipeline.annotations import youtube
 from input_pipeline.annotations.audiocaps import AudioCaps
 from input_pipeline.annotations.audioset import AudioSet
 from input_pipeline.annotations.auto_acd import AutoAcd
@@ -139,12 +141,11 @@ def describe_dataset(dataset: str) -> str:
         AnnotationError: unknown data set.
     """
     importer = _find(dataset)
-    lines = [
-        f"{importer.title} (--dataset {importer.name})",
-        "",
-        inspect.cleandoc(importer.__doc__ or ""),
-        "",
-    ]
+    texts = [sys.modules[importer.__module__].__doc__, importer.__doc__]
+    if hasattr(importer, "bare_ids"):
+        texts.append(youtube.__doc__)
+    lines = [f"{importer.title} (--dataset {importer.name})", ""]
+    lines += [line for text in texts for line in (inspect.cleandoc(text or ""), "")]
     lines += ["options:", "  max_samples=0: keep so many, the same ones in every run; 0 keeps all"]
     for field in dataclasses.fields(importer):
         lines.append(f"  {field.name}={field.default}: {field.metadata['help']}")

@@ -29,7 +29,7 @@ class AudioCaps(Importer):
     Columns audiocap_id, youtube_id, start_time, caption; the clip is the ten seconds from start_time. The
     training file has one caption per clip, the others five, a row each: they become samples of one medium.
 
-    Media: Y<id>.wav, <audiocap_id>.wav, <id>_<start>.wav and the like (see youtube.py); sound files go ahead
+    Media: Y<id>.wav, <audiocap_id>.wav, <id>_<start>.wav and the like (see below); sound files go ahead
     of videos.
     """
 

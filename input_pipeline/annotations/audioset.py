@@ -34,7 +34,7 @@ class AudioSet(Importer):
 
     Three comment lines, then rows without a header: YTID, start_seconds, end_seconds, "mid,mid".
 
-    Media: Y<id>.wav, <id>_<start>_<end>.flac and the like (see youtube.py); sound files go ahead of videos.
+    Media: Y<id>.wav, <id>_<start>_<end>.flac and the like (see below); sound files go ahead of videos.
     """
 
     name: ClassVar[str] = "audioset"

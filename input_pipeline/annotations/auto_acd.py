@@ -26,7 +26,7 @@ class AutoAcd(Importer):
     issue 1), one from AudioSet has none; either may have a 'Y' ahead. Ids may come twice, with two captions
     (issue 5): both are taken.
 
-    Media: <youtube_id>.wav as the csv writes it, and every form of youtube.py, with 'Y' and times or without:
+    Media: <youtube_id>.wav as the csv writes it, and every name below, with 'Y' and times or without:
     files are matched by the 11 characters of YouTube's id. Without a start in the csv and several clips of one
     video in the folder a row is refused. A file named by the id alone is taken as the clip.
     """

@@ -31,7 +31,7 @@ class InternVid(Importer):
     JSON lines of {"YoutubeID", "Start_timestamp": "00:00:10.677", "End_timestamp", "Caption", ...}. A row that
     repeats clip and caption of an earlier one is left out and counted.
 
-    Media: <YoutubeID>_<Start_timestamp>_<End_timestamp>.mp4 and the forms of youtube.py, or the whole video
+    Media: <YoutubeID>_<Start_timestamp>_<End_timestamp>.mp4 and the names below, or the whole video
     as <YoutubeID>.mp4.
     """
 

@@ -16,9 +16,10 @@ PLACEHOLDER = "<image>"
 class Lcs558k(Importer):
     """liuhaotian/LLaVA-Pretrain on Hugging Face: blip_laion_cc_sbu_558k.json and images.zip.
 
-    The annotation file is a JSON array of {"id", "image": "00453/004539375.jpg", "conversations"}; the media
-    root is the folder into which images.zip was unpacked. A conversation has exactly two turns, the first with
-    <image> ahead of its request or behind it; both are kept as they stand.
+    The annotation file is a JSON array of {"id", "image": "00453/004539375.jpg", "conversations"}. A conversation
+    has exactly two turns, the first with <image> ahead of its request or behind it; both are kept as they stand.
+
+    Media: the folder into which images.zip was unpacked.
     """
 
     name: ClassVar[str] = "lcs558k"

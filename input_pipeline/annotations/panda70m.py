@@ -39,7 +39,7 @@ class Panda70m(Importer):
       * 00000/0000000_00000.mp4, as the repository's own video2dataset writes: the number of the csv's row and
         of the clip. The csv must be the one that was downloaded from; the captions it wrote beside the clips
         (.txt) are compared for the first clips;
-      * <videoID>_<start>_<end>.mp4 and the like, clips already cut (see youtube.py);
+      * <videoID>_<start>_<end>.mp4 and the like, clips already cut (see below);
       * <videoID>.mp4, the whole video: the clips are taken out of it.
 
     The paper's stage 1a takes "a train set" of it: the 2M split, cut to max_samples=500000 to balance LCS-558K.

@@ -40,7 +40,7 @@ class VggSound(Importer):
 
     No header: YouTube id, start second, label, train or test; a label with commas is quoted.
 
-    Media: <id>_<start in six digits>.mp4, other clip names of youtube.py, or the whole video as <id>.mp4.
+    Media: <id>_<start in six digits>.mp4, another name below, or the whole video as <id>.mp4.
     """
 
     name: ClassVar[str] = "vggsound"

@@ -6,14 +6,18 @@ A line of a manifest is one object:
      [{"from": "human", "value": "<video>\\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]}
 
 The medium stands under "video" (picture and sound), "audio" (the sound alone) or "image"; its path is
-relative to the manifest's folder or the media root. "task", "source" and "conversations" may be missing;
-further keys are kept.
+relative to the manifest's folder or the media root. "interval": [12.0, 22.0] means those seconds of it alone.
+"task", "source" and "conversations" may be missing; further keys are kept.
+
+`write_manifest` also notes what is no sample: {"rejected": {...}} for each refused row of a public data set, and
+{"left_out": {reason: count}} for what its options left out. Reading them back keeps the counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +62,7 @@ class MediaLine:
     Attributes:
         path: the file, absolute and normalised.
         name: the file's path relative to the media root, with forward slashes: its key in the data set.
+            With an interval, "clips/7.mp4#12.000-22.000": parts of one file are different media.
         kind: "video", "audio", "image", or "auto" for files that come without a manifest.
         interval: (start, end) in seconds of the file if only a part of it is meant, 0 <= start < end.
         extra: keys of the line that have no meaning here; they travel into the sample.
@@ -84,12 +89,14 @@ class Listing:
     """Everything that was asked for: what can be tried, what was refused, and files that are no media.
 
     Attributes:
-        count: lines of the manifest or media files, refused ones included.
+        left_out: what the options of an importer left out on purpose: reason -> how many.
+        count: lines of the manifest or media files, refused ones included, those left out not.
     """
 
     lines: list[MediaLine]
     rejections: list[Rejection]
     ignored: list[str] = dataclasses.field(default_factory=list)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def count(self) -> int:
@@ -121,6 +128,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
     if text.lstrip().startswith("["):
         raise ManifestError(f"{path} is one JSON array; write one object per line (jq -c '.[]' {path.name})")
     lines, rejections = [], []
+    left_out: dict[str, int] = {}
     for number, raw in enumerate(text.split("\n"), start=1):
         if not raw.strip():
             continue
@@ -129,11 +137,70 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         except (ValueError, RecursionError) as error:
             rejections.append(Rejection(str(path), "", f"line {number} is not JSON: {error}", "manifest"))
             continue
+        if _is_note(entry, "rejected", Rejection.__annotations__):
+            rejections.append(Rejection(**entry["rejected"]))
+            continue
+        if _is_note(entry, "left_out"):
+            left_out.update(entry["left_out"])
+            continue
         parsed = parse_line(entry, root, default_source=path.stem, where=f"line {number}", manifest=str(path))
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     if not lines and not rejections:
         raise ManifestError(f"{path} holds no line")
-    return Listing(lines, rejections)
+    return Listing(lines, rejections, left_out=left_out)
+
+
+def _is_note(entry: Any, key: str, fields: Iterable[str] | None = None) -> bool:
+    """Whether a line is one of `write_manifest`'s notes and no sample."""
+    if not isinstance(entry, Mapping) or set(entry) != {key} or not isinstance(entry[key], Mapping):
+        return False
+    return fields is None or set(entry[key]) == set(fields)
+
+
+def write_manifest(listing: Listing, path: str | os.PathLike[str]) -> None:
+    """Writes a Listing as JSON lines that `read_manifest`, given the same media root, reads back unchanged.
+
+    The file appears complete or not at all.
+
+    Args:
+        listing: of an importer or a manifest.
+        path: the file; replaced if it is there.
+
+    Raises:
+        ManifestError: a line's kind is "auto" (files without a manifest), or the file cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for line in listing.lines:
+                file.write(json.dumps(_entry(line), ensure_ascii=False) + "\n")
+            for rejection in listing.rejections:
+                note = {"rejected": dataclasses.asdict(rejection)}
+                file.write(json.dumps(note, ensure_ascii=False) + "\n")
+            if listing.left_out:
+                file.write(json.dumps({"left_out": listing.left_out}, ensure_ascii=False) + "\n")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _entry(line: MediaLine) -> dict[str, Any]:
+    """The object that `parse_line` makes `line` of."""
+    if line.kind not in MEDIA_KEYS:
+        raise ManifestError(f"{line.path}: whether it is video, audio or image is not known; name its kind")
+    entry: dict[str, Any] = {
+        "id": line.id,
+        line.kind: line.name.removesuffix(_interval_suffix(line.interval)),
+    }
+    if line.interval is not None:
+        entry["interval"] = list(line.interval)
+    entry |= {"task": line.task, "source": line.source}
+    if line.conversations is not None:
+        entry["conversations"] = line.conversations
+    return entry | line.extra
 
 
 def parse_lines(
@@ -218,6 +285,14 @@ def parse_line(
     for key in ("id", "task", "source"):
         if not isinstance(entry.get(key, ""), str):
             return refuse(f'"{key}" is {entry[key]!r}; it must be text')
+    interval = entry.get("interval")
+    if interval is not None:
+        if kind == "image":
+            return refuse('"interval" is of a video or a sound; a picture has none')
+        if not _is_interval(interval):
+            shown = _printable(json.dumps(interval, default=str)[:80])
+            return refuse(f'"interval" is {shown}; it must be [start, end] in seconds, 0 <= start < end')
+        interval = (float(interval[0]), float(interval[1]))
     conversations = entry.get("conversations")
     if conversations is not None:
         if not line_id:
@@ -231,17 +306,34 @@ def parse_line(
         except ConversationError as error:
             return refuse(str(error))
     path = join(root, entry[kind])
-    known = {"id", "task", "source", "conversations", *MEDIA_KEYS}
+    known = {"id", "task", "source", "conversations", "interval", *MEDIA_KEYS}
     return MediaLine(
         path=path,
-        name=Path(os.path.relpath(path, root)).as_posix(),
+        name=os.path.relpath(path, root).replace(os.sep, "/") + _interval_suffix(interval),
         kind=kind,
         id=line_id,
         task=entry.get("task") or DEFAULT_TASK,
         source=entry.get("source") or default_source,
         conversations=conversations,
         extra={key: value for key, value in entry.items() if key not in known},
+        interval=interval,
     )
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        return False
+    if any(isinstance(t, bool) or not isinstance(t, int | float) for t in value):
+        return False
+    return all(math.isfinite(t) for t in value) and 0 <= value[0] < value[1]
+
+
+def _interval_suffix(interval: tuple[float, float] | None) -> str:
+    """ "#12.000-22.000"; more digits where milliseconds would not tell two intervals apart."""
+    if interval is None:
+        return ""
+    start, end = (text if float(text := f"{t:.3f}") == t else repr(t) for t in interval)
+    return f"#{start}-{end}"
 
 
 def group_by_media(lines: Iterable[MediaLine]) -> list[list[MediaLine]]:

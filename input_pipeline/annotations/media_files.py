@@ -1,0 +1,95 @@
+"""The media files below a folder, listed once and found by name: data sets have millions of rows."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from input_pipeline.annotations.rows import AnnotationError, RowError
+from input_pipeline.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+SUFFIXES = {"video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES, "image": IMAGE_SUFFIXES}
+_KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
+
+
+class MediaFiles:
+    """Finds files by stem (their name without suffix), in whatever folder below `root` they lie.
+
+    Args:
+        root: the folder, or a bucket (gs://).
+
+    Raises:
+        AnnotationError: there is no such folder.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self.root = os.fspath(root)
+        if "://" not in self.root and not os.path.isdir(self.root):
+            raise AnnotationError(f"{self.root}: no such media folder")
+
+    @functools.cached_property
+    def by_stem(self) -> dict[str, list[str]]:
+        """Stem -> paths relative to the root, sorted. Hidden files and folders are left out."""
+        found: dict[str, list[str]] = {}
+        for name in _walk_bucket(self.root) if "://" in self.root else _walk_folder(self.root):
+            stem, suffix = os.path.splitext(name.rpartition("/")[2])
+            if suffix.lower() in _KINDS:
+                found.setdefault(stem, []).append(name)
+        if not found:
+            known = " ".join(sorted(_KINDS))
+            raise AnnotationError(f"{self.root}: holds no media file (suffixes: {known})")
+        for names in found.values():
+            names.sort()
+        return found
+
+    def find(self, stems: Sequence[str], kinds: Sequence[str] = ("video",)) -> tuple[str, str]:
+        """The first of `stems` that a file has.
+
+        Args:
+            stems: names without suffix, the preferred one first.
+            kinds: of "video", "audio", "image", the preferred one first.
+
+        Returns:
+            (path relative to the root, the stem).
+
+        Raises:
+            RowError: there is none (the names are told), or several of one name and kind.
+        """
+        for stem in stems:
+            names = self.by_stem.get(stem)
+            if names is None:
+                continue
+            for kind in kinds:
+                fitting = [name for name in names if kind_of(name) == kind]
+                if len(fitting) > 1:
+                    raise RowError(
+                        f"{len(fitting)} files have its name, {fitting[0]} and {fitting[1]}; keep one"
+                    )
+                if fitting:
+                    return fitting[0], stem
+        raise RowError(f"no {' or '.join(kinds)} file below {self.root} is named {', '.join(stems)}")
+
+
+def kind_of(name: str) -> str:
+    """ "video", "audio" or "image", by suffix."""
+    return _KINDS[os.path.splitext(name)[1].lower()]
+
+
+def _walk_folder(root: str) -> Iterator[str]:
+    for directory, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from _below(os.path.relpath(directory, root).replace(os.sep, "/"), files)
+
+
+def _walk_bucket(root: str) -> Iterator[str]:
+    from etils import epath
+
+    base = epath.Path(root)
+    for directory, _, files in base.walk():
+        yield from _below(directory.relative_to(base).as_posix(), files)
+
+
+def _below(directory: str, files: Iterable[str]) -> Iterator[str]:
+    prefix = "" if directory == "." else directory + "/"
+    yield from (prefix + name for name in files if not name.startswith("."))

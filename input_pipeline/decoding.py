@@ -23,7 +23,9 @@ from input_pipeline.manifest import MediaLine, Rejection
 from input_pipeline.media import Limits, MediaError, load_media
 from input_pipeline.paths import COPY_BYTES, file_size, is_remote, to_path
 from input_pipeline.records import encode_record
+from input_pipeline.sound import AudioReader
 from input_pipeline.spec import MediaSpec
+from input_pipeline.tfio_audio import TfioAudio
 from input_pipeline.workers import send
 
 SELF_DESTRUCT_MARGIN = 5.0  # s after the limit at which a worker ends itself, should its parent be gone.
@@ -35,6 +37,7 @@ def prepare_one(
     limits: Limits | None = None,
     *,
     scratch: str | None = None,
+    audio_reader: AudioReader | None = None,
 ) -> bytes | Rejection:
     """Decodes one media file and packs it with its conversations: a pure function of the file.
 
@@ -43,6 +46,7 @@ def prepare_one(
         spec: how the media become arrays.
         limits: what a file may ask for.
         scratch: folder for a passing copy of a file that is not local; default the system's.
+        audio_reader: see `load_media`.
 
     Returns:
         A record (see records.py), or why there is none.
@@ -50,7 +54,14 @@ def prepare_one(
     first, limits = lines[0], limits or Limits()
     try:
         with _local_file(first.path, limits, scratch) as path:
-            media = load_media(path, spec, kind=first.kind, interval=first.interval, limits=limits)
+            media = load_media(
+                path,
+                spec,
+                kind=first.kind,
+                interval=first.interval,
+                limits=limits,
+                audio_reader=audio_reader,
+            )
     except MediaError as error:
         return Rejection(first.path, first.id, error.reason, error.stage)
     samples = [line.sample() for line in lines if line.conversations is not None]
@@ -81,18 +92,26 @@ def _local_file(path: str, limits: Limits, scratch: str | None) -> Iterator[str]
         yield copy
 
 
-def worker_command() -> list[str]:
-    """Command of a worker that runs `prepare_one`; works from a source tree as well as installed."""
+def worker_command(tfio: Mapping[str, Any] | None = None) -> list[str]:
+    """Command of a worker that runs `prepare_one`; works from a source tree as well as installed.
+
+    Args:
+        tfio: "python", "timeout" and "limits" of the TfioAudio that reads the sound; None: PyAV reads it.
+    """
     root = str(Path(__file__).resolve().parents[1])
-    code = f"import sys; sys.path.insert(0, {root!r}); from input_pipeline.decoding import serve; serve()"
+    code = f"import sys; sys.path.insert(0, {root!r}); from input_pipeline.decoding import serve; serve({tfio!r})"
     return [sys.executable, "-c", code]
 
 
-def serve() -> None:
-    """A worker's life: jobs from stdin, answers to stdout, until stdin ends."""
+def serve(tfio: Mapping[str, Any] | None = None) -> None:
+    """A worker's life: jobs from stdin, answers to stdout, until stdin ends. See `worker_command`."""
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not get between the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    reader = None
+    if tfio is not None:  # TensorFlow's ten seconds of starting belong to this worker's start and to no file.
+        reader = TfioAudio(tfio["python"], timeout=tfio["timeout"], limits=Limits(**tfio["limits"]))
+        reader.start()
     send(answers, b"")
     jobs = sys.stdin.buffer
     while header := jobs.read(8):
@@ -102,7 +121,11 @@ def serve() -> None:
         lines = [_media_line(fields) for fields in job["lines"]]
         try:
             result = prepare_one(
-                lines, MediaSpec(**job["spec"]), Limits(**job["limits"]), scratch=job["scratch"]
+                lines,
+                MediaSpec(**job["spec"]),
+                Limits(**job["limits"]),
+                scratch=job["scratch"],
+                audio_reader=reader,
             )
         except Exception as error:  # a defect of this program, or no memory: one file's, not the run's
             reason = f"unexpected {type(error).__name__}: {error}"

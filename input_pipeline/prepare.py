@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from input_pipeline.annotations import DATASETS, describe_dataset, import_annotations
 from input_pipeline.decoding import worker_command
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
@@ -41,6 +43,7 @@ from input_pipeline.records import (
     shard_name,
 )
 from input_pipeline.spec import MediaSpec
+from input_pipeline.tfio_audio import backend_versions, tfio_python
 from input_pipeline.working_folder import WorkingFolder
 
 EPILOG = """\
@@ -52,8 +55,10 @@ what to prepare (one of):
   avlm prepare --manifest data/train.jsonl --out records/train --config configs/savenvideo.py:size=demo
       a manifest of JSON lines: {"id": "1", "video": "a.mp4", "conversations":
       [{"from": "human", "value": "<video>\\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]}
-  avlm prepare --dataset longvale --annotations longvale.json --media-root videos --out records/longvale
-      a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at
+  avlm prepare --dataset vggsound --annotations vggsound.csv --media-root vggsound/video --out records/vggsound \\
+      --dataset-option split=train
+      a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at.
+      avlm prepare --describe-dataset vggsound tells what that importer reads and which options it has
 
 after a kill, a crash or Ctrl-C:
   the same command again goes on with what is missing; finished shards wait in records/.train.partial.
@@ -147,6 +152,7 @@ def prepare(
     label: str = "prepare",
     runner: str = LOCAL_RUNNER,
     beam_options: Sequence[str] = (),
+    tfio: str | None = None,
 ) -> PrepareReport:
     """Makes a folder of records; the same input gives the same bytes, however many work on it.
 
@@ -165,10 +171,13 @@ def prepare(
         label: in front of the progress bar.
         runner: a Beam runner; the default works on this machine.
         beam_options: Beam's own options, ["--project=p", ...].
+        tfio: Python of an environment with tensorflow-io, which then reads the sound in PyAV's place (see
+            tfio_audio.py).
 
     Raises:
         RecordError: `out_dir` is taken.
-        UserError: `workers` is less than 1, or the runner cannot run or reach the files.
+        UserError: `workers` is less than 1, or the runner cannot run or reach the files, or there is no
+            tensorflow-io.
     """
     began = time.monotonic()
     listing = lines if isinstance(lines, Listing) else parse_lines(lines, media_root, source=source)
@@ -180,6 +189,10 @@ def prepare(
     job = {"spec": dataclasses.asdict(spec), "limits": dataclasses.asdict(limits)}
     rejections = [dataclasses.asdict(rejection) for rejection in listing.rejections]
     settings = {**job, "timeout": timeout, "schema_version": SCHEMA_VERSION, "rejections": rejections}
+    # Another decoder, and another version of it, gives other samples.
+    audio_backend = None if tfio is None else {"name": "tfio", **backend_versions(tfio)}
+    if audio_backend is not None:
+        settings["audio_backend"] = audio_backend
     plan = make_plan(listing.lines, settings)
     resumed = 0
     with WorkingFolder(out_dir, plan.sha256, overwrite=overwrite) as folder:
@@ -192,6 +205,7 @@ def prepare(
                 folder.path,
                 job,
                 timeout,
+                tfio,
                 workers=workers,
                 runner=runner,
                 beam_options=beam_options,
@@ -204,6 +218,7 @@ def prepare(
                 plan=plan.sha256,
                 manifest_lines=listing.count,
                 rejected=rejections,
+                audio_backend=audio_backend,
             )
         if not up_to_date:
             folder.put_in_place()
@@ -223,7 +238,14 @@ def prepare(
 
 
 def _make_shards(
-    plan: Plan, folder: AnyPath, job: Mapping[str, Any], timeout: float, *, workers: int, **options: Any
+    plan: Plan,
+    folder: AnyPath,
+    job: Mapping[str, Any],
+    timeout: float,
+    tfio: str | None,
+    *,
+    workers: int,
+    **options: Any,
 ) -> int:
     """Makes the shards that are not there; returns how many were. `options` are `run_pipeline`'s."""
     plan_file = folder / PLAN_FILE
@@ -233,13 +255,14 @@ def _make_shards(
         return 0
     from input_pipeline.pipeline import Work, run_pipeline  # Beam takes a second to import.
 
+    audio = None if tfio is None else {"python": tfio, "timeout": timeout, "limits": job["limits"]}
     work = Work(
         folder=os.fspath(folder),
         plan_file=os.fspath(plan_file),
         num_shards=len(plan.shards),
         job=dict(job),
         timeout=timeout,
-        command=worker_command,
+        command=functools.partial(worker_command, audio),
     )
     return run_pipeline(work, plan.shards, num_media=len(plan.groups), workers=workers, **options)
 
@@ -300,9 +323,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--folder", metavar="DIR", help="prepare every media file below this folder")
     parser.add_argument(
-        "--dataset", metavar="NAME", help="a public data set, whose files --annotations names"
+        "--dataset",
+        metavar="NAME",
+        help=f"a public data set, whose files --annotations names: {', '.join(sorted(DATASETS))}",
     )
     parser.add_argument("--annotations", metavar="FILE", help="the data set's annotations, as published")
+    parser.add_argument(
+        "--dataset-option",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="an option of the data set's importer, such as max_samples=500000; may be repeated",
+    )
+    parser.add_argument(
+        "--describe-dataset",
+        metavar="NAME",
+        help="tell what files a data set's importer reads, where its media may lie and which options it has",
+    )
     parser.add_argument(
         "--out", metavar="DIR", help="folder of records to create, local or gs://bucket/folder"
     )
@@ -342,7 +379,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of Beam: %(default)s (this machine), DataflowRunner, FlinkRunner, SparkRunner, ... "
         "(%(default)s); its options stand behind --",
     )
-    # --audio-backend belongs here, and into `settings` and `job` of `prepare`.
+    parser.add_argument(
+        "--audio-backend",
+        choices=("pyav", "tfio"),
+        default="pyav",
+        help="what reads the sound: PyAV, or tensorflow-io (WAV, FLAC, MP3 and Ogg Vorbis files alone; in an "
+        "environment of its own, which `avlm doctor --make-tfio-venv` builds)",
+    )
+    parser.add_argument(
+        "--tfio-python",
+        metavar="PATH",
+        help="Python of that environment (default: $AVLM_TFIO_PYTHON, else .venv-tfio/bin/python)",
+    )
     parser.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="S", help="seconds per file (%(default)g)"
     )
@@ -363,6 +411,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `avlm prepare`; returns its exit code. Raises UserError for unusable arguments."""
+    if args.describe_dataset:
+        print(describe_dataset(args.describe_dataset))
+        return 0
     files, beam_options = _split_files(args.files)
     listing = _list(args, files)
     if args.write_manifest:
@@ -371,6 +422,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("say with --out DIR where the records shall be")
     if args.timeout <= 0:
         raise UserError(f"--timeout is {args.timeout:g}; it must be positive seconds")
+    if args.tfio_python and args.audio_backend != "tfio":
+        raise UserError("--tfio-python goes with --audio-backend tfio")
     report = prepare(
         listing,
         args.out,
@@ -381,9 +434,14 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         runner=args.runner,
         beam_options=beam_options,
+        tfio=tfio_python(args.tfio_python) if args.audio_backend == "tfio" else None,
     )
-    print(report.summary())
+    print("\n".join([report.summary(), *_left_out(listing)]))
     return report.exit_code
+
+
+def _left_out(listing: Listing) -> list[str]:
+    return [f"{count} left out: {reason}" for reason, count in sorted(listing.left_out.items())]
 
 
 def _split_files(files: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -405,14 +463,26 @@ def _list(args: argparse.Namespace, files: Sequence[str]) -> Listing:
         raise UserError(f"say what to prepare with one of --manifest, --folder, --dataset or files; {got}")
     if bool(args.dataset) != bool(args.annotations):
         raise UserError("--dataset NAME and --annotations FILE belong together")
+    if args.dataset_option and not args.dataset:
+        raise UserError(f"--dataset-option {args.dataset_option[0]} goes with --dataset NAME")
     if args.dataset:
-        from input_pipeline.annotations import import_annotations
-
         root = args.media_root or os.path.dirname(args.annotations) or "."
-        return import_annotations(args.dataset, args.annotations, root)
+        return import_annotations(args.dataset, args.annotations, root, **_dataset_options(args))
     if args.manifest:
         return read_manifest(args.manifest, args.media_root)
     return list_folder(args.folder) if args.folder else list_files(files)
+
+
+def _dataset_options(args: argparse.Namespace) -> dict[str, str]:
+    options = {}
+    for option in args.dataset_option:
+        name, equals, value = option.partition("=")
+        if not equals or not name.isidentifier():
+            raise UserError(f"--dataset-option {option}: write NAME=VALUE")
+        if name in ("dataset", "path", "media_root"):
+            raise UserError(f"--dataset-option {option}: that is said with an option of the command itself")
+        options[name] = value
+    return options
 
 
 def _media_spec(args: argparse.Namespace) -> MediaSpec:
@@ -435,7 +505,7 @@ def _write_manifest(args: argparse.Namespace, listing: Listing) -> int:
     from input_pipeline.manifest import write_manifest
 
     write_manifest(listing, args.write_manifest)
-    print(f"{len(listing.lines)} lines in {args.write_manifest}")
+    print("\n".join([f"{len(listing.lines)} lines in {args.write_manifest}", *_left_out(listing)]))
     for rejection in listing.rejections[:SHOWN_REJECTIONS]:
         print(f"  rejected: {rejection.path} [{rejection.id}]: {rejection.reason}")
     if listing.rejections:

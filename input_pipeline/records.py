@@ -254,7 +254,7 @@ def finish_records(
     plan: str,
     manifest_lines: int,
     rejected: Iterable[Mapping[str, str]] = (),
-    features: Mapping[str, Any] | None = None,
+    **sections: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Writes samples.jsonl, rejected.jsonl and, last of all, manifest.json beside finished shards.
 
@@ -265,7 +265,8 @@ def finish_records(
         plan: sha256 of what was asked for; the same plan gives the same records.
         manifest_lines: how many lines (or files) were asked for, rejected ones included.
         rejected: rows of rejected.jsonl for lines that came into no shard; they stand first.
-        features: for records of cached features, what they hold.
+        sections: further sections of the manifest, by name; None leaves one out. "features" says what records of
+            cached features hold, "audio_backend" what else than PyAV has read the sound.
 
     Returns:
         The manifest.
@@ -296,7 +297,7 @@ def finish_records(
         "media_spec": dataclasses.asdict(spec),
         "counts": {"manifest_lines": manifest_lines, **counts},
         "plan": plan,
-        **({"features": dict(features)} if features is not None else {}),
+        **{name: dict(section) for name, section in sections.items() if section is not None},
         "shards": shards,
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from avlm_jax import cli
-from input_pipeline import decoding
+from input_pipeline import decoding, prepare_command
 from input_pipeline import prepare as prepare_module
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import Listing, MediaLine, list_folder, read_manifest
@@ -96,7 +96,7 @@ def undisturbed(videos, tmp_path_factory) -> Path:
 @pytest.fixture
 def poisoned(monkeypatch):
     code = POISONED.format(root=str(Path(decoding.__file__).parents[1]))
-    monkeypatch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", code])
 
 
 @pytest.fixture
@@ -110,15 +110,15 @@ def bucket(tmp_path, monkeypatch) -> Path:
         "from tests import fake_gcs\nfrom input_pipeline import decoding\n"
         "fake_gcs.register()\ndecoding.serve()"
     )
-    monkeypatch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", code])
     (tmp_path / "gcs" / "bucket").mkdir(parents=True)
     return tmp_path / "gcs" / "bucket"
 
 
 def call(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    prepare_module.add_arguments(parser)
-    return prepare_module.run(parser.parse_args([str(argument) for argument in arguments]))
+    prepare_command.add_arguments(parser)
+    return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_every_line_is_accounted_for(videos, undisturbed):
@@ -208,7 +208,7 @@ def test_what_waits_behind_a_long_file_goes_to_the_other_workers(tmp_path, monke
     """Four processes, 33 files: dealt out beforehand, eight would wait for the long one."""
     log = tmp_path / "log"
     code = WAITING.format(root=str(Path(decoding.__file__).parents[1]), log=str(log))
-    monkeypatch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", code])
     names = ["long", *map(str, range(32))]
     listing = Listing([MediaLine(str(tmp_path / name), name, "video") for name in names], [])
     assert len(prepare(listing, tmp_path / "r", SPEC, workers=4).rejected) == 33
@@ -238,7 +238,7 @@ def test_media_that_changed_since_the_kill_are_decoded_again(videos, tmp_path):
 
 def test_a_fault_of_the_machine_is_no_rejection(videos, tmp_path, monkeypatch, capfd):
     broken = [sys.executable, "-c", "raise ImportError('no libav')"]
-    monkeypatch.setattr(prepare_module, "worker_command", lambda: broken)
+    monkeypatch.setattr(prepare_module, "worker_command", lambda tfio: broken)
     with pytest.raises(RuntimeError, match="could not start:(.|\n)*no libav"):
         prepare(read_manifest(videos), tmp_path / "r", SPEC, workers=2)
     assert not (tmp_path / "r").exists() and "Traceback" not in capfd.readouterr().err
@@ -303,7 +303,7 @@ def test_a_runner_that_is_not_this_process(videos, undisturbed, tmp_path, monkey
     """By its full name the in-process runner is treated as a cluster: nothing is shared with this process."""
     out, runner = tmp_path / "r", "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "worker_command", lambda: [sys.executable, "-c", "raise OSError(7)"])
+        patch.setattr(prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", "raise OSError(7)"])
         with pytest.raises(RuntimeError, match="could not start"):
             prepare(read_manifest(videos), out, SPEC, runner=runner)
     assert finished_shards(out) == 0 and not out.exists()

@@ -9,13 +9,11 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
 
-from input_pipeline import manifest as manifest_module
-from input_pipeline import prepare as prepare_module
+from input_pipeline import prepare_command
 from input_pipeline.decoding import prepare_one
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
@@ -60,8 +58,8 @@ def rows(path):
 
 def call(*arguments) -> int:
     parser = argparse.ArgumentParser()
-    prepare_module.add_arguments(parser)
-    return prepare_module.run(parser.parse_args([str(argument) for argument in arguments]))
+    prepare_command.add_arguments(parser)
+    return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def test_manifest_with_bad_lines(tmp_path, clips):
@@ -238,7 +236,7 @@ def test_workers_import_only_the_decoder():
 
 
 def _root() -> str:
-    return os.path.dirname(os.path.dirname(prepare_module.__file__))
+    return os.path.dirname(os.path.dirname(prepare_command.__file__))
 
 
 def test_command(clips, tmp_path, capsys):
@@ -279,23 +277,53 @@ def test_command(clips, tmp_path, capsys):
         media_spec_from_config(str(config))
 
 
-def test_data_sets_and_manifests_go_through_their_modules(clips, tmp_path, monkeypatch, capsys):
-    lines = [MediaLine(str(clips / "tone.wav"), "tone.wav", "audio", "t")]
-    listing = Listing(lines, [Rejection("b.wav", "b", "no such clip", "manifest")])
-    asked, written = [], []
-    module = types.ModuleType("input_pipeline.annotations")
-    module.import_annotations = lambda *arguments: asked.append(arguments) or listing
-    monkeypatch.setitem(sys.modules, "input_pipeline.annotations", module)
-    common = ("--dataset", "sounds", "--annotations", "a/b.json")
-    assert call(*common, "--media-root", clips, "--out", tmp_path / "r", "--image-size", 16) == 1
+def test_a_data_set_goes_through_its_importer(clips, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text('abcdefghijk,0,"a bell, ringing",train\n-bcdefghijk,5,rain,train\n')
+    media = tmp_path / "media"
+    media.mkdir()
+    shutil.copy(clips / "film.mp4", media / "abcdefghijk_000000.mp4")
+    common = ("--dataset", "vggsound", "--annotations", tmp_path / "a.csv", "--media-root", media)
+    assert call(*common, "--out", tmp_path / "r", "--image-size", 16) == 1
     assert RecordReader(tmp_path / "r").manifest["counts"] == {
-        "manifest_lines": 2, "records": 1, "samples": 0, "rejected": 1
+        "manifest_lines": 2, "records": 1, "samples": 1, "rejected": 1
     }  # fmt: skip
-    monkeypatch.setattr(manifest_module, "write_manifest", lambda *a: written.append(a), raising=False)
-    assert call(*common, "--write-manifest", tmp_path / "m.jsonl") == 1
-    assert asked == [("sounds", "a/b.json", str(clips)), ("sounds", "a/b.json", "a")]
-    assert written == [(listing, str(tmp_path / "m.jsonl"))]
-    assert "no such clip" in capsys.readouterr().out
+    assert "-bcdefghijk_000005" in capsys.readouterr().out
+
+    manifest = tmp_path / "m.jsonl"
+    assert call(*common, "--write-manifest", manifest) == 1
+    assert "1 of 2 lines rejected" in capsys.readouterr().out
+    assert call("--manifest", manifest, "--media-root", media, "--out", tmp_path / "r2", "--image-size", 16) == 1
+    shard = "shard-00000-of-00001.array_record"
+    assert (tmp_path / "r2" / shard).read_bytes() == (tmp_path / "r" / shard).read_bytes()
+
+    assert call(*common, "--out", tmp_path / "r3", "--dataset-option", "split=test") == 1  # all left out: no record
+    assert "2 left out" in capsys.readouterr().out
+
+
+def test_options_of_an_importer(clips, tmp_path, capsys):
+    common = ("--dataset", "vggsound", "--annotations", tmp_path / "a.csv", "--out", tmp_path / "r")
+    (tmp_path / "a.csv").write_text("abcdefghijk,0,rain,train\n")
+    for wrong, reason in (("split", "NAME=VALUE"), ("splt=test", "split"), ("path=x", "of the command itself")):
+        with pytest.raises(UserError, match=reason):
+            call(*common, "--dataset-option", wrong)
+    with pytest.raises(UserError, match="goes with --dataset"):
+        call("--folder", clips, "--out", tmp_path / "r", "--dataset-option", "split=test")
+    with pytest.raises(UserError, match="vggsound"):
+        call("--dataset", "vgsound", "--annotations", tmp_path / "a.csv", "--out", tmp_path / "r")
+    assert call("--describe-dataset", "VGGSound") == 0
+    assert "split=train" in capsys.readouterr().out
+
+
+def test_the_audio_backend_is_part_of_the_plan(clips, tmp_path, monkeypatch):
+    plain = prepare(list_files([clips / "tone.wav"]), tmp_path / "a", MediaSpec(image_size=16))
+    python = os.environ.get("AVLM_TFIO_PYTHON") or ".venv-tfio/bin/python"
+    if not os.path.isfile(python):
+        pytest.skip("no environment with tensorflow-io; `avlm doctor --make-tfio-venv` builds one")
+    other = prepare(list_files([clips / "tone.wav"]), tmp_path / "b", MediaSpec(image_size=16), tfio=python)
+    assert plain.records == other.records == 1
+    manifests = [RecordReader(tmp_path / name).manifest for name in "ab"]
+    assert manifests[0]["plan"] != manifests[1]["plan"]
+    assert manifests[1]["audio_backend"]["name"] == "tfio" and "audio_backend" not in manifests[0]
 
 
 def test_overrides_of_the_configuration_count(tmp_path):

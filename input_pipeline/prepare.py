@@ -52,7 +52,7 @@ what to prepare (one of):
   avlm prepare --manifest data/train.jsonl --out records/train --config configs/savenvideo.py:size=demo
       a manifest of JSON lines: {"id": "1", "video": "a.mp4", "conversations":
       [{"from": "human", "value": "<video>\\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]}
-  avlm prepare --dataset longvale --annotations longvale.json --media-root videos --out records/longvale
+  avlm prepare --dataset audiocaps --annotations train.csv --media-root audiocaps/wav --out records/audiocaps
       a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at
 
 after a kill, a crash or Ctrl-C:

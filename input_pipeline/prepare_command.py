@@ -165,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     files, beam_options = _split_files(args.files)
     listing = _list(args, files)
+    if not listing.count:
+        raise UserError(f"nothing is left to prepare: {'; '.join(_left_out(listing))}")
     if args.write_manifest:
         return _write_manifest(args, listing)
     if not args.out:

@@ -303,7 +303,9 @@ def test_a_runner_that_is_not_this_process(videos, undisturbed, tmp_path, monkey
     """By its full name the in-process runner is treated as a cluster: nothing is shared with this process."""
     out, runner = tmp_path / "r", "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", "raise OSError(7)"])
+        patch.setattr(
+            prepare_module, "worker_command", lambda tfio: [sys.executable, "-c", "raise OSError(7)"]
+        )
         with pytest.raises(RuntimeError, match="could not start"):
             prepare(read_manifest(videos), out, SPEC, runner=runner)
     assert finished_shards(out) == 0 and not out.exists()

@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.errors import UserError
-from input_pipeline.spec import MediaSpec
+from input_pipeline.features import feature_shapes, features_in
+from input_pipeline.spec import FEATURE_DTYPE, PIXELS, FeatureShapes, MediaSpec
 
 if TYPE_CHECKING:
     from input_pipeline.media import LoadedMedia
@@ -103,21 +104,31 @@ def decode_record(data: bytes, spec: MediaSpec, *, frames: bool = True, audio: b
     Returns:
         frames uint8 [t h w 3], frame_times f32 [t], frame_mask bool [t], audio f32 [w s],
         audio_spans f32 [w 2], audio_mask bool [w], duration f32 [], all padded on the right, and "samples"
-        (list of maps), "id", "source".
+        (list of maps), "id", "source". A record of features gives frame_features bf16 [t p d] in place of
+        frames, audio_features bf16 [w k d] in place of audio; frames that need no padding are not copied.
 
     Raises:
         RecordError: another schema, another picture size, or more frames or windows than the spec has room
             for.
     """
     record = unpack_record(data)
-    pictures = [_from_jpeg(jpeg) for jpeg in record["frames"]] if frames else []
+    try:
+        encoded = {name: features_in(record, name) for name in ("video", "audio")}
+    except ValueError as error:
+        raise RecordError(f"{record['id']}: damaged features ({error}); cache them again") from None
+    shapes = FeatureShapes(*(None if e is None else e.shape[1:] for e in encoded.values()))
+    pictures: Any = []
+    if frames:
+        pictures = [_from_jpeg(jpeg) for jpeg in record["frames"]] if not shapes.video else encoded["video"]
     times = record["frame_times"] if frames else []
     windows = []
-    if audio:
-        for window in record["windows"]:
-            samples = np.frombuffer(window["pcm"], "<i2").astype(np.float32) / PCM_SCALE
-            windows.append((*window["span"], samples))
-    row = pad_media(pictures, times, windows, record["duration"], spec, name=record["id"])
+    for i, window in enumerate(record["windows"] if audio else ()):
+        if shapes.audio:
+            sound = encoded["audio"][i]
+        else:
+            sound = np.frombuffer(window["pcm"], "<i2").astype(np.float32) / PCM_SCALE
+        windows.append((*window["span"], sound))
+    row = pad_media(pictures, times, windows, record["duration"], spec, name=record["id"], features=shapes)
     return {**row, "samples": record["samples"], "id": record["id"], "source": record["source"]}
 
 
@@ -129,11 +140,12 @@ def pad_media(
     spec: MediaSpec,
     *,
     name: str = "media",
+    features: FeatureShapes = PIXELS,
 ) -> dict[str, np.ndarray]:
     """Pads frames and windows to the spec's static shapes; what is missing is masked. See `decode_record`.
 
-    Also takes the fields of a `LoadedMedia` directly. Raises RecordError naming `name` if something does not
-    fit.
+    Also takes the fields of a `LoadedMedia` directly. With `features`, frames [p d] and the windows' arrays
+    [k d] are those. Raises RecordError naming `name` if something does not fit.
     """
     t, h, w, s = spec.num_frames, spec.image_size, spec.max_windows, spec.window_samples
     if len(frames) > t or len(windows) > w:
@@ -142,26 +154,45 @@ def pad_media(
             f"{t} and {w}; prepare it for this media spec"
         )
     row = {
-        "frames": np.zeros((t, h, h, 3), np.uint8),
         "frame_times": np.zeros(t, np.float32),
         "frame_mask": np.arange(t) < len(frames),
-        "audio": np.zeros((w, s), np.float32),
         "audio_spans": np.zeros((w, 2), np.float32),
         "audio_mask": np.arange(w) < len(windows),
         "duration": np.float32(duration),
     }
-    for i, (frame, time) in enumerate(zip(frames, frame_times, strict=True)):
-        if frame.shape != (h, h, 3):
-            raise RecordError(f"{name} has frames of {list(frame.shape)}, the spec wants [{h}, {h}, 3]")
-        row["frames"][i], row["frame_times"][i] = frame, time
-    for i, (start, end, samples) in enumerate(windows):
-        if len(samples) > s:
-            raise RecordError(
-                f"{name} has audio windows of {len(samples)} samples, the spec has room for {s}"
-            )
-        row["audio"][i, : len(samples)] = samples
+    for i, (_, time) in enumerate(zip(frames, frame_times, strict=True)):
+        row["frame_times"][i] = time
+    for i, (start, end, _) in enumerate(windows):
         row["audio_spans"][i] = start, end
+    if features.video:
+        row["frame_features"] = _pad_rows(frames, (t, *features.video))
+    else:
+        row["frames"] = np.zeros((t, h, h, 3), np.uint8)
+        for i, frame in enumerate(frames):
+            if frame.shape != (h, h, 3):
+                raise RecordError(f"{name} has frames of {list(frame.shape)}, the spec wants [{h}, {h}, 3]")
+            row["frames"][i] = frame
+    if features.audio:
+        row["audio_features"] = _pad_rows([sound for *_, sound in windows], (w, *features.audio))
+    else:
+        row["audio"] = np.zeros((w, s), np.float32)
+        for i, (_, _, samples) in enumerate(windows):
+            if len(samples) > s:
+                raise RecordError(
+                    f"{name} has audio windows of {len(samples)} samples, the spec has room for {s}"
+                )
+            row["audio"][i, : len(samples)] = samples
     return row
+
+
+def _pad_rows(rows: Sequence[np.ndarray] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """`rows` (features) with zeros behind them; not copied if there are enough of them already."""
+    if isinstance(rows, np.ndarray) and rows.shape == shape:
+        return rows
+    padded = np.zeros(shape, FEATURE_DTYPE)
+    for i, row in enumerate(rows):
+        padded[i] = row
+    return padded
 
 
 class RecordWriter:
@@ -307,6 +338,7 @@ class RecordReader:
     Attributes:
         spec: the MediaSpec the records were made with.
         manifest: manifest.json.
+        features: what its records hold as features instead of pictures and samples.
 
     Raises:
         RecordError: the folder is no finished folder of records, a shard is missing or has another size than
@@ -317,6 +349,7 @@ class RecordReader:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.spec = MediaSpec(**self.manifest["media_spec"])
+        self.features = feature_shapes(self.manifest)
         if spec is not None:
             check_spec(self.spec, spec, self.directory)
         self._first: list[int] = []  # number of the first record of each shard

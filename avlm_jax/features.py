@@ -106,7 +106,9 @@ def open_features(
             )
         reader = RecordReader(folder, assembly.system.spec)
         if not set(FIELDS) & reader.manifest.get("features", {}).keys():
-            raise ConfigError(f"{folder} holds records without features; remove it and run `avlm cache-features`")
+            raise ConfigError(
+                f"{folder} holds records without features; remove it and run `avlm cache-features`"
+            )
         check_features(assembly, reader)
         idle &= reader.manifest["features"].keys()
         found.append(dataclasses.replace(source, records=folder))
@@ -127,4 +129,6 @@ def check_frozen(parts: Collection[str], learnt: Collection[str], what: str) -> 
 
 def feature_counts(manifest: Mapping[str, Any]) -> str:
     """ "video [729, 1152], audio [512, 768]" of a manifest's features."""
-    return ", ".join(f"{name} {manifest['features'][name]['shape']}" for name in FIELDS if name in manifest["features"])
+    return ", ".join(
+        f"{name} {manifest['features'][name]['shape']}" for name in FIELDS if name in manifest["features"]
+    )

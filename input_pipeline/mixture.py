@@ -85,10 +85,10 @@ class SourceIndex:
     def __len__(self) -> int:
         return len(self.records)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """sha256 of the folder's manifest, which holds the sha256 of every shard."""
-        return hashlib.sha256(json.dumps(self.reader.manifest, sort_keys=True).encode()).hexdigest()
+        """See `RecordReader.digest`."""
+        return self.reader.digest
 
     def line(self, number: int) -> dict:
         """The sample's line of samples.jsonl, read from disk."""

@@ -4,10 +4,11 @@ A folder of records holds
 
     shard-00000-of-00002.array_record   the records, group_size:1 for random access
     manifest.json                       schema version, MediaSpec, counts, sha256 of every shard
-    samples.jsonl                       one line per conversation: its record, number, id, task, source
+    samples.jsonl                       one line per sample: its record, number, id, task, source, conversations
     rejected.jsonl                      one line per manifest line that failed: path, id, reason, stage
 
-It is written beside its final place and renamed when complete: a folder that has its name is whole.
+It is written beside its final place, shard by shard, and renamed when complete: a folder that has its name is
+whole (see working_folder.py). A finished shard has a sidecar there, so that a killed run can be taken up.
 """
 
 from __future__ import annotations
@@ -19,29 +20,30 @@ import hashlib
 import io
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgpack
 import numpy as np
 from PIL import Image
 
 from input_pipeline.errors import UserError
-from input_pipeline.features import feature_shapes, features_in
-from input_pipeline.spec import FEATURE_DTYPE, PIXELS, FeatureShapes, MediaSpec
+from input_pipeline.features import feature_shapes
+from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, to_path, write_text
+from input_pipeline.spec import MediaSpec
 
 if TYPE_CHECKING:
     from input_pipeline.media import LoadedMedia
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: samples.jsonl holds the conversations.
 JPEG_QUALITY = 95
 JPEG_SUBSAMPLING = 0  # 4:4:4. Pictures are already small here; halving their colour once more would show.
 PCM_SCALE = 32768.0  # int16 full scale; a 16 kHz 16-bit source passes through unchanged.
-SHARD_BYTES = 512 * 2**20  # Large enough for few files, small enough to move and to verify one by one.
+WRITER_OPTIONS = "group_size:1"  # Random access reads one record and not its neighbours.
 MANIFEST, SAMPLES, REJECTED = "manifest.json", "samples.jsonl", "rejected.jsonl"
+OPEN_SHARDS = 256  # Of a process, which may open 1024 files on most systems. Opening one anew takes 40 us.
+SIDECAR = ".json"  # Behind a shard's name; a finished folder holds none.
 # max_intervals is not baked into a record: times are parsed from the question when it is loaded.
 BAKED_FIELDS = ("num_frames", "image_size", "sampler", "window_frames", "max_windows")
 
@@ -93,241 +95,193 @@ def unpack_record(data: bytes) -> dict[str, Any]:
     return record
 
 
-def decode_record(data: bytes, spec: MediaSpec, *, frames: bool = True, audio: bool = True) -> dict[str, Any]:
-    """Unpacks a record into the arrays of one batch row.
+# Writing
+# ---------------------------------------------------------------------------------------------------------
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """File name of a shard."""
+    return f"shard-{index:05d}-of-{num_shards:05d}.array_record"
+
+
+def write_shard(
+    folder: str | os.PathLike[str],
+    index: int,
+    num_shards: int,
+    records: Iterable[bytes],
+    *,
+    rejected: Iterable[Mapping[str, str]] = (),
+    extra: Mapping[str, Any] | None = None,
+    options: str = WRITER_OPTIONS,
+) -> dict[str, Any]:
+    """Writes one shard under its final name, and after it a sidecar that says it is whole.
+
+    Both appear at once and complete, whenever the process is killed; the same records give the same bytes.
 
     Args:
-        data: one record as `RecordReader` or Grain's ArrayRecord source gives it.
-        spec: the MediaSpec of the batch.
-        frames, audio: False leaves that modality out (mask False) and saves its decoding.
+        folder: the working folder, local or gs://; it exists.
+        index, num_shards: which shard of how many.
+        records: made by `encode_record`; may be none.
+        rejected: rows of rejected.jsonl for what did not become a record; looked at after `records` has
+            ended, so a generator of records may fill it.
+        extra: further JSON values of the entry; looked at after `records` has ended, too.
+        options: ArrayRecord's.
 
     Returns:
-        frames uint8 [t h w 3], frame_times f32 [t], frame_mask bool [t], audio f32 [w s],
-        audio_spans f32 [w 2], audio_mask bool [w], duration f32 [], all padded on the right, and "samples"
-        (list of maps), "id", "source". A record of features gives frame_features bf16 [t p d] in place of
-        frames, audio_features bf16 [w k d] in place of audio; frames that need no padding are not copied.
-
-    Raises:
-        RecordError: another schema, another picture size, or more frames or windows than the spec has room
-            for.
+        The entry for `finish_records`: "file", "count" (records), "sha256", "bytes", "samples", "rejected"
+        (both counted) and `extra`.
     """
-    record = unpack_record(data)
-    try:
-        encoded = {name: features_in(record, name) for name in ("video", "audio")}
-    except ValueError as error:
-        raise RecordError(f"{record['id']}: damaged features ({error}); cache them again") from None
-    shapes = FeatureShapes(*(None if e is None else e.shape[1:] for e in encoded.values()))
-    pictures: Any = []
-    if frames:
-        pictures = [_from_jpeg(jpeg) for jpeg in record["frames"]] if not shapes.video else encoded["video"]
-    times = record["frame_times"] if frames else []
-    windows = []
-    for i, window in enumerate(record["windows"] if audio else ()):
-        if shapes.audio:
-            sound = encoded["audio"][i]
-        else:
-            sound = np.frombuffer(window["pcm"], "<i2").astype(np.float32) / PCM_SCALE
-        windows.append((*window["span"], sound))
-    row = pad_media(pictures, times, windows, record["duration"], spec, name=record["id"], features=shapes)
-    return {**row, "samples": record["samples"], "id": record["id"], "source": record["source"]}
-
-
-def pad_media(
-    frames: Sequence[np.ndarray] | np.ndarray,
-    frame_times: Sequence[float] | np.ndarray,
-    windows: Sequence[tuple[float, float, np.ndarray]],
-    duration: float,
-    spec: MediaSpec,
-    *,
-    name: str = "media",
-    features: FeatureShapes = PIXELS,
-) -> dict[str, np.ndarray]:
-    """Pads frames and windows to the spec's static shapes; what is missing is masked. See `decode_record`.
-
-    Also takes the fields of a `LoadedMedia` directly. With `features`, frames [p d] and the windows' arrays
-    [k d] are those. Raises RecordError naming `name` if something does not fit.
-    """
-    t, h, w, s = spec.num_frames, spec.image_size, spec.max_windows, spec.window_samples
-    if len(frames) > t or len(windows) > w:
-        raise RecordError(
-            f"{name} has {len(frames)} frames and {len(windows)} audio windows, the spec has room for "
-            f"{t} and {w}; prepare it for this media spec"
-        )
-    row = {
-        "frame_times": np.zeros(t, np.float32),
-        "frame_mask": np.arange(t) < len(frames),
-        "audio_spans": np.zeros((w, 2), np.float32),
-        "audio_mask": np.arange(w) < len(windows),
-        "duration": np.float32(duration),
+    folder, name = to_path(folder), shard_name(index, num_shards)
+    sample_rows: list[dict[str, Any]] = []
+    with appearing(folder / name) as temporary:
+        count = _write_array_record(temporary, records, sample_rows, options)
+        digest, size = sha256(temporary), temporary.stat().st_size
+    rejected_rows = [dict(row) for row in rejected]
+    entry = {
+        "file": name,
+        "count": count,
+        "sha256": digest,
+        "bytes": size,
+        "samples": len(sample_rows),
+        "rejected": len(rejected_rows),
+        **(extra or {}),
     }
-    for i, (_, time) in enumerate(zip(frames, frame_times, strict=True)):
-        row["frame_times"][i] = time
-    for i, (start, end, _) in enumerate(windows):
-        row["audio_spans"][i] = start, end
-    if features.video:
-        row["frame_features"] = _pad_rows(frames, (t, *features.video))
-    else:
-        row["frames"] = np.zeros((t, h, h, 3), np.uint8)
-        for i, frame in enumerate(frames):
-            if frame.shape != (h, h, 3):
-                raise RecordError(f"{name} has frames of {list(frame.shape)}, the spec wants [{h}, {h}, 3]")
-            row["frames"][i] = frame
-    if features.audio:
-        row["audio_features"] = _pad_rows([sound for *_, sound in windows], (w, *features.audio))
-    else:
-        row["audio"] = np.zeros((w, s), np.float32)
-        for i, (_, _, samples) in enumerate(windows):
-            if len(samples) > s:
-                raise RecordError(
-                    f"{name} has audio windows of {len(samples)} samples, the spec has room for {s}"
-                )
-            row["audio"][i, : len(samples)] = samples
-    return row
+    sidecar = {"entry": entry, "sample_rows": sample_rows, "rejected_rows": rejected_rows}
+    write_text(folder / f"{name}{SIDECAR}", json.dumps(sidecar, ensure_ascii=False))
+    return entry
 
 
-def _pad_rows(rows: Sequence[np.ndarray] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`rows` (features) with zeros behind them; not copied if there are enough of them already."""
-    if isinstance(rows, np.ndarray) and rows.shape == shape:
-        return rows
-    padded = np.zeros(shape, FEATURE_DTYPE)
-    for i, row in enumerate(rows):
-        padded[i] = row
-    return padded
+def finished_shard(
+    folder: str | os.PathLike[str], index: int, num_shards: int, *, verify: bool = True
+) -> dict[str, Any] | None:
+    """The entry of a shard that an earlier, killed run has finished; None if it must be made (again).
+
+    Args:
+        folder, index, num_shards: as for `write_shard`.
+        verify: also compare the sha256 of a local shard; the size is compared always. An object of Cloud
+            Storage appears whole and is kept with a checksum of its own.
+    """
+    shard = to_path(folder) / shard_name(index, num_shards)
+    sidecar = _read_sidecar(shard)
+    if sidecar is None:
+        return None
+    entry = sidecar["entry"]
+    try:
+        size = file_size(shard)
+    except FileNotFoundError:
+        return None
+    if size != entry["bytes"] or (verify and not is_remote(shard) and sha256(shard) != entry["sha256"]):
+        return None
+    return entry
 
 
-class RecordWriter:
-    """Writes a folder of records so that it appears complete or not at all.
+def finish_records(
+    folder: str | os.PathLike[str],
+    spec: MediaSpec,
+    entries: Iterable[Mapping[str, Any]],
+    *,
+    plan: str,
+    manifest_lines: int,
+    rejected: Iterable[Mapping[str, str]] = (),
+    features: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes samples.jsonl, rejected.jsonl and, last of all, manifest.json beside finished shards.
 
-    Use as a context manager and call `finish` last; leaving without it (or being killed) leaves `out_dir` as
-    it was.
+    Args:
+        folder: where `write_shard` wrote.
+        spec: what the records were made for.
+        entries: of all shards, in order.
+        plan: sha256 of what was asked for; the same plan gives the same records.
+        manifest_lines: how many lines (or files) were asked for, rejected ones included.
+        rejected: rows of rejected.jsonl for lines that came into no shard; they stand first.
+        features: for records of cached features, what they hold.
+
+    Returns:
+        The manifest.
 
     Raises:
-        RecordError: `out_dir` holds records already and `overwrite` is False, or holds something else.
+        RecordError: a shard's sidecar is missing or damaged.
     """
+    folder = to_path(folder)
+    shards, counts = [], {"records": 0, "samples": 0, "rejected": 0}
+    with appearing(folder / SAMPLES) as sample_path, appearing(folder / REJECTED) as rejected_path:
+        with (
+            open(sample_path, "w", encoding="utf-8") as sample_file,
+            open(rejected_path, "w", encoding="utf-8") as rejected_file,
+        ):
+            counts["rejected"] += _write_rows(rejected_file, rejected)
+            for entry in entries:
+                sidecar = _read_sidecar(folder / entry["file"])
+                if sidecar is None:
+                    raise RecordError(f"{folder / entry['file']}{SIDECAR} is missing or damaged; run again")
+                first = counts["records"]
+                rows = ({**row, "record": first + row["record"]} for row in sidecar["sample_rows"])
+                counts["samples"] += _write_rows(sample_file, rows)
+                counts["rejected"] += _write_rows(rejected_file, sidecar["rejected_rows"])
+                counts["records"] += entry["count"]
+                shards.append({key: entry[key] for key in ("file", "count", "sha256", "bytes")})
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "media_spec": dataclasses.asdict(spec),
+        "counts": {"manifest_lines": manifest_lines, **counts},
+        "plan": plan,
+        **({"features": dict(features)} if features is not None else {}),
+        "shards": shards,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
 
-    def __init__(
-        self,
-        out_dir: str | os.PathLike[str],
-        spec: MediaSpec,
-        *,
-        overwrite: bool = False,
-        shard_bytes: int = SHARD_BYTES,
-    ) -> None:
-        self._out = Path(os.path.abspath(out_dir))
-        self._spec = spec
-        self._overwrite = overwrite
-        self._shard_bytes = shard_bytes
-        self._check_place()
-        self._partial = self._out.with_name(f".{self._out.name}.partial")
-        self._counts: list[int] = []  # records per shard
-        self._shard_size = 0
-        self._writer: Any = None
-        self._samples = 0
 
-    def _check_place(self) -> None:
-        out = self._out
-        if not out.exists():
-            return
-        if not out.is_dir():
-            raise RecordError(f"{out} is a file; name a folder for the records")
-        foreign = [path.name for path in out.iterdir() if not _is_ours(path.name)]
-        if foreign:
-            raise RecordError(f"{out} holds other files ({foreign[0]}, ...); name a new or an empty folder")
-        if (out / MANIFEST).exists() and not self._overwrite:
-            raise RecordError(f"{out} holds records already; pass --overwrite to replace them")
+def _write_array_record(
+    path: Path, records: Iterable[bytes], sample_rows: list[dict[str, Any]], options: str
+) -> int:
+    """Writes the records and appends a row per sample; returns their number."""
+    # not needed by decoding workers
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    def __enter__(self) -> RecordWriter:
-        shutil.rmtree(self._partial, ignore_errors=True)  # what a killed run left
-        self._partial.mkdir(parents=True)
-        self._sample_file = open(self._partial / SAMPLES, "w", encoding="utf-8")
-        return self
+    count, writer = 0, ArrayRecordWriter(str(path), options)
+    try:
+        for data in records:
+            writer.write(data)
+            sample_rows.extend(_sample_rows(unpack_record(data), count))
+            count += 1
+    finally:
+        writer.close()
+    return count
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close_shard()
-        self._sample_file.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
 
-    def add(self, data: bytes) -> None:
-        """Appends one record made by `encode_record`."""
-        # not needed by decoding workers
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if self._writer is not None and self._shard_size + len(data) > self._shard_bytes:
-            self._close_shard()
-        if self._writer is None:
-            path = self._partial / f"{len(self._counts):05d}"
-            self._writer = ArrayRecordWriter(str(path), "group_size:1")
-            self._counts.append(0)
-            self._shard_size = 0
-        record = unpack_record(data)
-        number = sum(self._counts)
-        for index, sample in enumerate(record["samples"]):
-            row = {
-                "record": number,
-                "sample": index,
-                "id": sample.get("id", ""),
-                "task": sample.get("task", ""),
-                "source": sample.get("source", record["source"]),
-                "has_video": record["has_video"],
-                "has_audio": record["has_audio"],
-            }
-            self._sample_file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            self._samples += 1
-        self._writer.write(data)
-        self._counts[-1] += 1
-        self._shard_size += len(data)
-
-    def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def finish(self, *, manifest_lines: int, rejected: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
-        """Closes the shards, writes the manifest and puts the folder in its place; returns the manifest.
-
-        Args:
-            manifest_lines: how many lines (or files) were asked for, rejected ones included.
-            rejected: rows of rejected.jsonl.
-        """
-        self._close_shard()
-        self._sample_file.close()
-        with open(self._partial / REJECTED, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rejected)
-        shards = []
-        for index, count in enumerate(self._counts):
-            path = self._partial / f"shard-{index:05d}-of-{len(self._counts):05d}.array_record"
-            os.rename(self._partial / f"{index:05d}", path)
-            shards.append(
-                {"file": path.name, "count": count, "sha256": sha256(path), "bytes": path.stat().st_size}
-            )
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "media_spec": dataclasses.asdict(self._spec),
-            "counts": {
-                "manifest_lines": manifest_lines,
-                "records": sum(self._counts),
-                "samples": self._samples,
-                "rejected": len(rejected),
-            },
-            "shards": shards,
+def _sample_rows(record: Mapping[str, Any], number: int) -> Iterator[dict[str, Any]]:
+    for index, sample in enumerate(record["samples"]):
+        yield {
+            "record": number,
+            "sample": index,
+            "id": sample.get("id", ""),
+            "task": sample.get("task", ""),
+            "source": sample.get("source", record["source"]),
+            "has_video": record["has_video"],
+            "has_audio": record["has_audio"],
+            "conversations": sample.get("conversations", []),
         }
-        with open(self._partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        self._put_in_place()
-        return manifest
 
-    def _put_in_place(self) -> None:
-        replaced = self._out.with_name(f".{self._out.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self._out.exists():
-            self._check_place()  # someone else may have finished in the meantime
-            os.rename(self._out, replaced)
-        os.rename(self._partial, self._out)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+def _write_rows(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> int:
+    count = 0
+    for row in rows:
+        file.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
+        count += 1
+    return count
+
+
+def _read_sidecar(shard: AnyPath) -> dict[str, Any] | None:
+    try:
+        sidecar = json.loads(shard.with_name(f"{shard.name}{SIDECAR}").read_text())
+        return sidecar if sidecar.keys() >= {"entry", "sample_rows", "rejected_rows"} else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+# Reading
+# ---------------------------------------------------------------------------------------------------------
 
 
 class RecordReader:
@@ -346,6 +300,11 @@ class RecordReader:
     """
 
     def __init__(self, directory: str | os.PathLike[str], spec: MediaSpec | None = None) -> None:
+        if is_remote(directory):
+            raise RecordError(
+                f"{os.fspath(directory)}: records are read from a file system; mount the bucket with Cloud Storage "
+                "FUSE (gcsfuse) or copy the folder with `gcloud storage cp --recursive`, and name the local path"
+            )
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.spec = MediaSpec(**self.manifest["media_spec"])
@@ -370,7 +329,11 @@ class RecordReader:
             self._first.append(count)
             count += shard["count"]
         self._count = count
-        self._readers: dict[int, Any] = {}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the manifest, which holds the sha256 of every shard."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def samples(self) -> list[dict[str, Any]]:
@@ -394,7 +357,8 @@ class RecordReader:
             raise IndexError(f"record {index} of {self._count} in {self.directory}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         try:
-            (data,) = self._reader(shard).read([index - self._first[shard]])
+            reader = _open_shard(self._paths[shard], self.manifest["shards"][shard]["sha256"])
+            (data,) = reader.read([index - self._first[shard]])
         except Exception as error:  # array_record raises bare RuntimeError and IndexError
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RecordError(
@@ -402,15 +366,6 @@ class RecordReader:
                 "copy it again or prepare again"
             ) from None
         return data
-
-    def _reader(self, shard: int) -> Any:
-        if shard not in self._readers:
-            from array_record.python.array_record_module import ArrayRecordReader
-
-            # Without read-ahead: access is random (array_record's own advice).
-            options = "readahead_buffer_size:0,max_parallelism:0"
-            self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), options)
-        return self._readers[shard]
 
     def verify(self) -> None:
         """Compares every shard's sha256 with the manifest's; RecordError names the one that differs."""
@@ -421,12 +376,20 @@ class RecordReader:
                 )
 
     def close(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
-        self._readers = {}
+        """Closes all shards that are open in this process; reading opens them again."""
+        _open_shard.cache_clear()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+
+@functools.lru_cache(maxsize=OPEN_SHARDS)
+def _open_shard(path: Path, digest: str) -> Any:
+    """The reader of a shard; one that leaves the cache closes when the last thread that reads it lets go.
+
+    `digest` is in the key alone: records that were replaced have the old ones' file names.
+    """
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    # Without read-ahead: access is random (array_record's own advice).
+    return ArrayRecordReader(str(path), "readahead_buffer_size:0,max_parallelism:0")
 
 
 def check_spec(made: MediaSpec, wanted: MediaSpec, directory: str | os.PathLike[str]) -> None:
@@ -443,7 +406,8 @@ def check_spec(made: MediaSpec, wanted: MediaSpec, directory: str | os.PathLike[
         )
 
 
-def _is_ours(name: str) -> bool:
+def is_record_file(name: str) -> bool:
+    """Whether a file of this name belongs to a folder of records."""
     return name in (MANIFEST, SAMPLES, REJECTED) or (
         name.startswith("shard-") and name.endswith(".array_record")
     )
@@ -485,14 +449,6 @@ def _to_jpeg(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING)
     return buffer.getvalue()
-
-
-def _from_jpeg(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"a frame of this record is no readable JPEG ({error}); prepare again") from None
 
 
 def _to_int16(samples: np.ndarray) -> np.ndarray:

@@ -13,8 +13,10 @@ from avlm_jax.checkpoint import save_tree
 from avlm_jax.config import apply_overrides, config_to_json, load_config
 from avlm_jax.state import Tree, flatten, unflatten
 from input_pipeline.media import LoadedMedia
-from input_pipeline.records import RecordWriter, encode_record, pad_media
+from input_pipeline.records import encode_record
 from input_pipeline.spec import MediaSpec
+from input_pipeline.transforms.media import pad_media
+from tests.record_folder import write_folder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "savenvideo.py"
 SIZES = (
@@ -126,26 +128,26 @@ def padded(media: LoadedMedia, spec: MediaSpec) -> dict[str, np.ndarray]:
 
 def write_records(folder: Path, spec: MediaSpec, videos: int, questions: int = 2) -> Path:
     """Records of noise videos with multiple-choice questions "v0-q1", ...; the second video is silent."""
-    with RecordWriter(folder, spec) as writer:
-        for number in range(videos):
-            media = make_media(spec, number, windows=0 if number == 1 else 3)
-            samples = [
-                {
-                    "id": f"v{number}-q{kind}",
-                    "task": "mcq",
-                    "conversations": [
-                        {
-                            "from": "human",
-                            "value": f"<video>\nAt 00:01, which?{number}\nA: a\nB: b\nC: c\nD: d",
-                        },
-                        {"from": "gpt", "value": "b (B)"},
-                    ],
-                    "qa_type": kind,
-                    "answer": "ABCD"[(number + kind) % 4],
-                    "options": ["a", "b", "c", "d"],
-                }
-                for kind in range(1, questions + 1)
-            ]
-            writer.add(encode_record(media, media_id=f"v{number}", source="noise", samples=samples))
-        writer.finish(manifest_lines=videos * questions)
+    records = []
+    for number in range(videos):
+        media = make_media(spec, number, windows=0 if number == 1 else 3)
+        samples = [
+            {
+                "id": f"v{number}-q{kind}",
+                "task": "mcq",
+                "conversations": [
+                    {
+                        "from": "human",
+                        "value": f"<video>\nAt 00:01, which?{number}\nA: a\nB: b\nC: c\nD: d",
+                    },
+                    {"from": "gpt", "value": "b (B)"},
+                ],
+                "qa_type": kind,
+                "answer": "ABCD"[(number + kind) % 4],
+                "options": ["a", "b", "c", "d"],
+            }
+            for kind in range(1, questions + 1)
+        ]
+        records.append(encode_record(media, media_id=f"v{number}", source="noise", samples=samples))
+    write_folder(folder, spec, records, manifest_lines=videos * questions)
     return folder

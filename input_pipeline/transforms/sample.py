@@ -17,9 +17,9 @@ from input_pipeline.conversation import (
     encode_conversation,
     encode_prompt,
 )
-from input_pipeline.records import decode_record
 from input_pipeline.spec import PIXELS, FeatureShapes, MediaSpec
 from input_pipeline.transforms.intervals import interval_source, parse_intervals
+from input_pipeline.transforms.media import decode_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

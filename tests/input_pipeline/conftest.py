@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from input_pipeline.media import LoadedMedia
-from input_pipeline.records import RecordWriter, encode_record
+from input_pipeline.records import encode_record
 from input_pipeline.spec import MediaSpec
+from tests.record_folder import write_folder
 
 TEXT = """system user assistant You are a helpful assistant.
 Which sound is heard while the red circle moves? Between 00:00:05.250 and 00:00:10.000
@@ -50,29 +51,29 @@ def make_records(spec):
     def make(
         folder, count: int, *, name: str = "s", video: bool = True, audio: bool = True, tasks=("one", "two")
     ) -> str:
-        with RecordWriter(folder, spec) as writer:
-            for number in range(count):
-                frames = np.full((spec.num_frames, 8, 8, 3), 40 + number, np.uint8)
-                pcm = np.full(spec.window_samples, (number + 1) / 1024, np.float32)
-                media = LoadedMedia(
-                    frames=frames if video else frames[:0],
-                    frame_times=np.arange(2.0) if video else np.zeros(0),
-                    windows=[(0.0, len(pcm) / 16_000, pcm)] if audio else [],
-                    duration=2.0,
-                )
-                samples = [
-                    {
-                        "id": f"{name}-{number}-{index}",
-                        "task": task,
-                        "conversations": [
-                            {"from": "human", "value": f"<video>\nAt 00:01, what is heard in {number}?"},
-                            {"from": "gpt", "value": f"sound {number}.{index}"},
-                        ],
-                    }
-                    for index, task in enumerate(tasks)
-                ]
-                writer.add(encode_record(media, media_id=f"{name}-{number}", source=name, samples=samples))
-            writer.finish(manifest_lines=count * len(tasks))
+        records = []
+        for number in range(count):
+            frames = np.full((spec.num_frames, 8, 8, 3), 40 + number, np.uint8)
+            pcm = np.full(spec.window_samples, (number + 1) / 1024, np.float32)
+            media = LoadedMedia(
+                frames=frames if video else frames[:0],
+                frame_times=np.arange(2.0) if video else np.zeros(0),
+                windows=[(0.0, len(pcm) / 16_000, pcm)] if audio else [],
+                duration=2.0,
+            )
+            samples = [
+                {
+                    "id": f"{name}-{number}-{index}",
+                    "task": task,
+                    "conversations": [
+                        {"from": "human", "value": f"<video>\nAt 00:01, what is heard in {number}?"},
+                        {"from": "gpt", "value": f"sound {number}.{index}"},
+                    ],
+                }
+                for index, task in enumerate(tasks)
+            ]
+            records.append(encode_record(media, media_id=f"{name}-{number}", source=name, samples=samples))
+        write_folder(folder, spec, records, manifest_lines=count * len(tasks))
         return str(folder)
 
     return make

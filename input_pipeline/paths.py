@@ -1,0 +1,100 @@
+"""Local paths and gs:// paths behind one interface: etils.epath, and what it leaves open."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+from etils import epath
+
+from input_pipeline.errors import UserError
+
+AnyPath: TypeAlias = Path | epath.Path
+
+COPY_BYTES = 16 * 2**20
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is an address, gs://bucket/object."""
+    return "://" in os.fspath(path)
+
+
+def to_path(path: str | os.PathLike[str]) -> AnyPath:
+    """A pathlib.Path, or an epath.Path for gs://.
+
+    Raises:
+        UserError: an address of another kind, or one that cannot be reached with what is installed.
+    """
+    text = os.fspath(path)
+    if not is_remote(text):
+        return Path(text)
+    if not text.startswith("gs://"):
+        raise UserError(f"{text}: only local paths and gs:// addresses are supported")
+    # epath takes TensorFlow's file system where TensorFlow is installed, and fsspec's otherwise.
+    if importlib.util.find_spec("tensorflow") is None:
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class("gcs")
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{text}: Google Cloud Storage cannot be reached ({error}); pip install 'avlm_jax[gcp]'"
+            ) from None
+    return epath.Path(text)
+
+
+def join(root: str | os.PathLike[str], name: str) -> str:
+    """`name` below `root`, absolute and normalised; `name` itself where it is absolute or an address."""
+    root = os.fspath(root)
+    if is_remote(name):
+        root, name = name, ""
+    if not is_remote(root) or os.path.isabs(name):
+        return os.path.normpath(os.path.join(os.path.abspath(root), name))
+    scheme, _, rest = root.partition("://")
+    return f"{scheme}://{os.path.normpath(os.path.join(rest, name))}"
+
+
+def file_size(path: AnyPath) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    return path.stat().length if is_remote(path) else path.stat().st_size
+
+
+@contextlib.contextmanager
+def appearing(path: AnyPath) -> Iterator[Path]:
+    """A local path to write to; on leaving without an error the file appears, complete, as `path`."""
+    if is_remote(path):  # An object appears when all of it has arrived.
+        with tempfile.TemporaryDirectory(prefix="avlm-") as folder:
+            temporary = Path(folder, path.name)
+            yield temporary
+            with open(temporary, "rb") as source, path.open("wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+        return
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)  # So that the name outlives a power failure as the content does.
+
+
+def write_text(path: AnyPath, text: str) -> None:
+    """Writes a UTF-8 file that appears complete or not at all."""
+    with appearing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

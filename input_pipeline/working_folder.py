@@ -1,0 +1,217 @@
+"""Where a folder of records is made: beside its place, under a lock, kept when killed, renamed when whole.
+
+For `--out records/train` that is records/.train.partial. It belongs to one plan, the sha256 of everything
+that is asked for; a run of the same plan takes up what it finds there, one of another plan discards it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from input_pipeline.paths import AnyPath, is_remote, join, to_path, write_text
+from input_pipeline.records import (
+    MANIFEST,
+    REJECTED,
+    SAMPLES,
+    RecordError,
+    is_record_file,
+)
+
+PLAN = "plan.sha256"
+MOVES_AT_ONCE = 16  # Objects of Cloud Storage moved side by side; each takes some round trips, no bandwidth.
+
+
+class WorkingFolder:
+    """A context manager that holds the working folder of `out_dir`; leave it with or without `put_in_place`.
+
+    Attributes:
+        path: the working folder; it exists inside the context.
+        finished: the manifest in `out_dir` if that was made by this very plan, else None; what to do then is
+            the caller's choice.
+
+    Args:
+        out_dir: folder of records to create, local or gs://.
+        plan: sha256 of what is asked for.
+        overwrite: replace records of another plan that are in `out_dir`.
+
+    Raises:
+        RecordError: on entering: `out_dir` holds records of another plan and `overwrite` is False, or it
+            holds something else, or another run is at work on it. On gs:// the last is not noticed.
+    """
+
+    def __init__(self, out_dir: str | os.PathLike[str], plan: str, *, overwrite: bool = False) -> None:
+        self._out = to_path(join(".", os.fspath(out_dir)))
+        self._plan, self._overwrite = plan, overwrite
+        self.path = self._beside("partial")
+        self._replaced = self._beside("replaced")
+        self._lock: int | None = None
+        self.finished: dict[str, Any] | None = None
+
+    def __enter__(self) -> WorkingFolder:
+        if not is_remote(self._out):
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        try:
+            self._roll_back()
+            self._check_place()
+            if self._plan not in (_text(self.path / PLAN), (self.complete or {}).get("plan")):
+                self.discard()
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(self.path / PLAN, self._plan)
+            if not is_remote(self.path):
+                for path in self.path.glob(".*.tmp"):  # what a killed run was writing
+                    path.unlink()
+        except BaseException:
+            self._release_lock()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release_lock()
+
+    def discard(self) -> None:
+        """Removes the working folder: nothing in it is wanted."""
+        _remove(self.path)
+
+    @property
+    def complete(self) -> dict[str, Any] | None:
+        """The manifest in the working folder, written last: a run was killed before all was in place."""
+        return _manifest(self.path)
+
+    def put_in_place(self) -> None:
+        """Gives the finished records their final name, and removes everything else in the working folder.
+
+        A local folder is renamed; killed at any moment, `out_dir` holds the old records or the new ones or
+        the next run puts it right. On gs:// the objects are moved one by one, the manifest last.
+        """
+        manifest = _manifest(self.path)
+        if manifest is None:
+            raise RecordError(f"{self.path} is not finished: {MANIFEST} is missing")
+        wanted = [shard["file"] for shard in manifest["shards"]] + [SAMPLES, REJECTED]
+        if is_remote(self._out):
+            self._move_objects(wanted)
+            return
+        for path in self.path.iterdir():
+            if path.name not in (*wanted, MANIFEST):
+                path.unlink()
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        if self._out.exists():
+            os.rename(self._out, self._replaced)
+        os.rename(self.path, self._out)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+
+    def _beside(self, what: str) -> AnyPath:
+        return self._out.with_name(f".{self._out.name}.{what}")
+
+    def _check_place(self) -> None:
+        out = self._out
+        if not out.exists():
+            return
+        if not out.is_dir():
+            raise RecordError(f"{out} is a file; name a folder for the records")
+        foreign = [path.name for path in out.iterdir() if not is_record_file(path.name)]
+        if foreign:
+            raise RecordError(f"{out} holds other files ({foreign[0]}, ...); name a new or an empty folder")
+        manifest = _manifest(out)
+        if manifest is not None and manifest.get("plan") == self._plan:
+            self.finished = manifest
+        elif (out / MANIFEST).exists() and not self._overwrite:
+            raise RecordError(
+                f"{out} holds other records already (another listing, media spec or limits); pass --overwrite "
+                "to replace them or choose another --out"
+            )
+
+    def _roll_back(self) -> None:
+        """What a run killed between the two renames of `put_in_place` left."""
+        if is_remote(self._out) or not self._replaced.exists():
+            return
+        if self._out.exists():
+            shutil.rmtree(self._replaced)
+        else:
+            os.rename(self._replaced, self._out)
+
+    def _move_objects(self, wanted: Sequence[str]) -> None:
+        self._out.mkdir(parents=True, exist_ok=True)
+        stale = [path for path in self._out.iterdir() if path.name not in wanted and path.name != MANIFEST]
+        # From here to the end there are no records: half of them would be neither the old nor the new ones.
+        with contextlib.suppress(FileNotFoundError):
+            (self._out / MANIFEST).unlink()
+        with ThreadPoolExecutor(MOVES_AT_ONCE) as executor:
+            list(executor.map(lambda path: path.unlink(), stale))
+            list(executor.map(self._move_object, wanted))
+        self._move_object(MANIFEST)
+        _remove(self.path)
+
+    def _move_object(self, name: str) -> None:
+        if (self.path / name).exists():  # else a killed run has moved it
+            (self.path / name).replace(self._out / name)
+
+    def _take_lock(self) -> None:
+        """The kernel ends a lock with its process, so one that is left over by a killed run never counts."""
+        path = self._beside("lock")
+        while self._lock is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.read(descriptor, 100).decode(errors="replace")
+                os.close(descriptor)
+                raise RecordError(
+                    f"another run is at work on {self._out} ({holder or 'just started'}); wait for it or "
+                    "choose another --out"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                print(
+                    f"warning: {path.parent} has no file locks; make sure that no other run writes {self._out}",
+                    file=sys.stderr,
+                )
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    self._lock = descriptor
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
+                    return
+            os.close(descriptor)  # another run has just removed it
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._beside("lock").unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _text(path: AnyPath) -> str:
+    try:
+        return path.read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+
+
+def _manifest(folder: AnyPath) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads(_text(folder / MANIFEST))
+        return manifest if manifest.keys() >= {"counts", "shards"} else None
+    except (ValueError, AttributeError):
+        return None
+
+
+def _remove(folder: AnyPath) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.rmtree()

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from input_pipeline.errors import UserError
@@ -25,8 +26,8 @@ SUFFIX = ".features"  # Of the folder beside the records it was made from.
 
 def replace_media(
     record: Mapping[str, Any], *, video: np.ndarray | None = None, audio: np.ndarray | None = None
-) -> dict[str, Any]:
-    """The record's map (see `unpack_record`) with features in place of its media; to be packed with msgpack.
+) -> bytes:
+    """A record (its map, see `unpack_record`) with features in place of its media, as it is stored.
 
     Args:
         record: with frames and windows of its own.
@@ -39,7 +40,7 @@ def replace_media(
     if audio is not None:
         windows = [{"span": window["span"]} for window in record["windows"]]
         changed |= {"windows": windows, FIELDS["audio"]: _pack(audio, len(windows))}
-    return changed
+    return msgpack.packb(changed, use_bin_type=True)
 
 
 def _pack(features: np.ndarray, count: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ import msgpack
 from input_pipeline.containers import MEDIA_SUFFIXES
 from input_pipeline.conversation import ConversationError, split_rounds
 from input_pipeline.errors import UserError
+from input_pipeline.paths import is_remote, join, to_path
 
 MEDIA_KEYS = ("video", "audio", "image")
 DEFAULT_TASK = "chat"  # Of a conversation that does not name its task: plain instruction following.
@@ -58,6 +59,7 @@ class MediaLine:
         path: the file, absolute and normalised.
         name: the file's path relative to the media root, with forward slashes: its key in the data set.
         kind: "video", "audio", "image", or "auto" for files that come without a manifest.
+        interval: (start, end) in seconds of the file if only a part of it is meant, 0 <= start < end.
         extra: keys of the line that have no meaning here; they travel into the sample.
     """
 
@@ -69,6 +71,7 @@ class MediaLine:
     source: str = ""
     conversations: list[dict[str, str]] | None = None
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
+    interval: tuple[float, float] | None = None
 
     def sample(self) -> dict[str, Any]:
         """The sample of a record that this line becomes."""
@@ -97,7 +100,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
     """Reads a manifest of JSON lines; blank lines are skipped.
 
     Args:
-        path: the manifest.
+        path: the manifest, local or gs://.
         media_root: folder that media paths are relative to; default the manifest's own.
 
     Returns:
@@ -107,10 +110,10 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
     Raises:
         ManifestError: the manifest cannot be read, holds no line, or is one JSON array.
     """
-    path = Path(path)
-    root = Path(media_root) if media_root is not None else path.parent
+    path = to_path(path)
+    root = path.parent if media_root is None else media_root
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such manifest") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -139,28 +142,28 @@ def parse_lines(
     """Like `read_manifest` for lines that are already objects; `source` is the default of their "source"."""
     lines, rejections = [], []
     for number, entry in enumerate(entries, start=1):
-        parsed = parse_line(entry, Path(media_root), default_source=source, where=f"entry {number}")
+        parsed = parse_line(entry, media_root, default_source=source, where=f"entry {number}")
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     return Listing(lines, rejections)
 
 
 def list_folder(folder: str | os.PathLike[str]) -> Listing:
     """Every media file below a folder, by suffix, sorted by path; hidden and other files are `ignored`."""
-    folder = Path(folder)
+    folder = to_path(folder)
     if not folder.is_dir():
         raise ManifestError(f"{folder} is no folder")
     media, ignored = [], []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in folder.walk() if is_remote(folder) else os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
-            path = Path(directory, name)
-            wanted = path.suffix.lower() in MEDIA_SUFFIXES and not name.startswith(".")
-            (media if wanted else ignored).append(path.relative_to(folder).as_posix())
+            wanted = Path(name).suffix.lower() in MEDIA_SUFFIXES and not name.startswith(".")
+            below = os.path.relpath(os.path.join(directory, name), folder)
+            (media if wanted else ignored).append(Path(below).as_posix())
     if not media:
         known = " ".join(sorted(MEDIA_SUFFIXES))
         raise ManifestError(f"{folder} holds no media file (suffixes: {known}; {len(ignored)} other files)")
-    source = folder.resolve().name
-    lines = [MediaLine(_absolute(folder, name), name, source=source) for name in sorted(media)]
+    source = Path(join(folder, ".")).name
+    lines = [MediaLine(join(folder, name), name, source=source) for name in sorted(media)]
     return _checked_names(lines, sorted(_printable(name) for name in ignored))
 
 
@@ -168,15 +171,20 @@ def list_files(files: Sequence[str | os.PathLike[str]]) -> Listing:
     """The files given, in their order, whatever their suffix; one named twice is listed once."""
     lines = {}
     for file in files:
-        path = _absolute(Path("."), os.fspath(file))
-        if os.path.isdir(path):
+        path = join(".", os.fspath(file))
+        if not is_remote(path) and os.path.isdir(path):
             raise ManifestError(f"{os.fspath(file)} is a folder; pass it with --folder")
         lines.setdefault(path, MediaLine(path, Path(file).as_posix(), source=Path(path).parent.name))
     return _checked_names(list(lines.values()))
 
 
 def parse_line(
-    entry: Any, root: Path, *, default_source: str = "", where: str = "line", manifest: str = "manifest"
+    entry: Any,
+    root: str | os.PathLike[str],
+    *,
+    default_source: str = "",
+    where: str = "line",
+    manifest: str = "manifest",
 ) -> MediaLine | Rejection:
     """Checks one object of a manifest.
 
@@ -193,7 +201,7 @@ def parse_line(
 
     def refuse(reason: str) -> Rejection:
         named = entry.get(media[0]) if len(media) == 1 else None
-        shown = _absolute(root, named) if isinstance(named, str) and named else manifest
+        shown = join(root, named) if isinstance(named, str) and named else manifest
         return Rejection(_printable(shown), _printable(str(line_id)), f"{where}: {reason}", "manifest")
 
     try:
@@ -222,7 +230,7 @@ def parse_line(
             split_rounds(conversations, has_media=True, sample_id=line_id)
         except ConversationError as error:
             return refuse(str(error))
-    path = _absolute(root, entry[kind])
+    path = join(root, entry[kind])
     known = {"id", "task", "source", "conversations", *MEDIA_KEYS}
     return MediaLine(
         path=path,
@@ -238,14 +246,10 @@ def parse_line(
 
 def group_by_media(lines: Iterable[MediaLine]) -> list[list[MediaLine]]:
     """Lines on the same file, read the same way, together; in the order in which the files first appear."""
-    groups: dict[tuple[str, str], list[MediaLine]] = {}
+    groups: dict[tuple[str, str, tuple[float, float] | None], list[MediaLine]] = {}
     for line in lines:
-        groups.setdefault((line.path, line.kind), []).append(line)
+        groups.setdefault((line.path, line.kind, line.interval), []).append(line)
     return list(groups.values())
-
-
-def _absolute(root: Path, path: str) -> str:
-    return os.path.normpath(os.path.join(os.path.abspath(root), path))
 
 
 def _checked_names(lines: Sequence[MediaLine], ignored: Sequence[str] = ()) -> Listing:

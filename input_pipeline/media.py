@@ -182,7 +182,12 @@ def probe(path: str | os.PathLike[str], *, kind: str = "auto", limits: Limits | 
 
 
 def load_media(
-    path: str | os.PathLike[str], spec: MediaSpec, *, kind: str = "auto", limits: Limits | None = None
+    path: str | os.PathLike[str],
+    spec: MediaSpec,
+    *,
+    kind: str = "auto",
+    interval: tuple[float, float] | None = None,
+    limits: Limits | None = None,
 ) -> LoadedMedia:
     """Decodes a media file into the frames and audio windows a MediaSpec asks for.
 
@@ -198,6 +203,8 @@ def load_media(
         MediaError: the file is missing, no allowed media format, beyond a limit, truncated, or damaged
             anywhere. A damaged file is never returned as a shorter one.
     """
+    if interval is not None:
+        raise NotImplementedError("intervals of a file")
     limits = limits or Limits()
     kind = check_file(path, kind, limits)
     empty = np.zeros((0, spec.image_size, spec.image_size, 3), np.uint8)

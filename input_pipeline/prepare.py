@@ -1,25 +1,28 @@
 """Decodes media files and their conversations into the records that training and evaluation read.
 
 Files are decoded in worker processes under a time limit: one that hangs or crashes the decoder costs itself
-alone. What cannot be used is listed with its reason in rejected.jsonl; the rest goes through.
+alone. What cannot be used is listed with its reason in rejected.jsonl; the rest goes through. The work is
+spread by Apache Beam: over this machine's cores by default, over a cluster with --runner.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib.util
+import json
 import os
-import queue
+import shutil
 import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +33,112 @@ from input_pipeline.manifest import (
     Listing,
     MediaLine,
     Rejection,
-    group_by_media,
     list_files,
     list_folder,
     parse_lines,
     read_manifest,
 )
 from input_pipeline.media import Limits, MediaError, load_media
-from input_pipeline.progress import track
-from input_pipeline.records import REJECTED, RecordWriter, encode_record
+from input_pipeline.paths import COPY_BYTES, AnyPath, file_size, is_remote, to_path
+from input_pipeline.plan import Plan, make_plan
+from input_pipeline.records import (
+    REJECTED,
+    SCHEMA_VERSION,
+    RecordError,
+    encode_record,
+    finish_records,
+    finished_shard,
+    shard_name,
+)
 from input_pipeline.spec import MediaSpec
-from input_pipeline.workers import Worker, WorkerFailure, send
+from input_pipeline.workers import send
+from input_pipeline.working_folder import WorkingFolder
 
 EPILOG = """\
-examples:
+what to prepare (one of):
   avlm prepare --folder my_videos --out records/mine
       every video, sound and picture below my_videos, without conversations: to be asked about or captioned
+  avlm prepare one.mp4 two.wav --out records/two
+      these files
   avlm prepare --manifest data/train.jsonl --out records/train --config configs/savenvideo.py:size=demo
       a manifest of JSON lines: {"id": "1", "video": "a.mp4", "conversations":
       [{"from": "human", "value": "<video>\\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]}
-  avlm prepare one.mp4 two.wav --out records/two
+  avlm prepare --dataset longvale --annotations longvale.json --media-root videos --out records/longvale
+      a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at
+
+after a kill, a crash or Ctrl-C:
+  the same command again goes on with what is missing; finished shards wait in records/.train.partial.
+  On finished records it does nothing. Files that were rejected are tried again with --overwrite.
+
+on many machines (pip install 'avlm_jax[gcp]' for gs:// and Dataflow; Beam's own options stand behind --):
+  avlm prepare --manifest gs://bucket/train.jsonl --out gs://bucket/records/train --runner DataflowRunner \\
+      -- --project P --region us-central1 --temp_location gs://bucket/tmp --sdk_container_image IMAGE
+  avlm prepare --manifest /shared/train.jsonl --out /shared/records/train --runner FlinkRunner \\
+      -- --flink_master host:8081 --environment_type LOOPBACK
+  The machines need this package, by an image with it or --setup_file ./setup.py, and see the same paths.
 
 exit codes:
-  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done
+  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done;
+  130 interrupted, the same command goes on
 """
 
 DEFAULT_TIMEOUT = 120.0  # s per file; an hour of 1080p H.264 takes about a minute on one core.
 SELF_DESTRUCT_MARGIN = 5.0  # s after the limit at which a worker ends itself, should its parent be gone.
+LOCAL_RUNNER, DATAFLOW_RUNNER = "DirectRunner", "DataflowRunner"
+PLAN_FILE = "plan.msgpack"  # in the working folder
 SHOWN_REJECTIONS = 10  # lines of the summary; all are in rejected.jsonl
 
 
 def prepare_one(
-    lines: Sequence[MediaLine], spec: MediaSpec, limits: Limits | None = None
+    lines: Sequence[MediaLine],
+    spec: MediaSpec,
+    limits: Limits | None = None,
+    *,
+    scratch: str | None = None,
 ) -> bytes | Rejection:
     """Decodes one media file and packs it with its conversations: a pure function of the file.
 
     Args:
-        lines: all lines on one file (same path and kind, see `group_by_media`).
+        lines: all lines on one file (same path, kind and interval, see `group_by_media`).
         spec: how the media become arrays.
         limits: what a file may ask for.
+        scratch: folder for a passing copy of a file that is not local; default the system's.
 
     Returns:
         A record (see records.py), or why there is none.
     """
-    first = lines[0]
+    first, limits = lines[0], limits or Limits()
     try:
-        media = load_media(first.path, spec, kind=first.kind, limits=limits)
+        with _local_file(first.path, limits, scratch) as path:
+            media = load_media(path, spec, kind=first.kind, interval=first.interval, limits=limits)
     except MediaError as error:
         return Rejection(first.path, first.id, error.reason, error.stage)
     samples = [line.sample() for line in lines if line.conversations is not None]
     return encode_record(media, media_id=first.name, source=first.source, samples=samples)
+
+
+@contextlib.contextmanager
+def _local_file(path: str, limits: Limits, scratch: str | None) -> Iterator[str]:
+    """The file itself, or a copy of one on gs://. The decoder reads files to and fro, and only local ones."""
+    if not is_remote(path):
+        yield path
+        return
+    remote = to_path(path)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        copy = os.path.join(folder, remote.name)
+        try:
+            size = file_size(remote)
+            if size > limits.max_bytes:
+                raise MediaError(
+                    path, f"has {size} bytes; the limit max_bytes is {limits.max_bytes}", "limit"
+                )
+            with remote.open("rb") as source, open(copy, "wb") as target:
+                shutil.copyfileobj(source, target, COPY_BYTES)
+        except FileNotFoundError:
+            raise MediaError(path, "no such file", "open") from None
+        except OSError as error:
+            raise MediaError(path, f"cannot be read: {error}", "open") from None
+        yield copy
 
 
 def worker_command() -> list[str]:
@@ -100,9 +159,11 @@ def serve() -> None:
         job = msgpack.unpackb(jobs.read(struct.unpack("<Q", header)[0]))
         if hasattr(signal, "setitimer"):  # SIGALRM's default action ends even a process stuck in C code
             signal.setitimer(signal.ITIMER_REAL, job["timeout"] + SELF_DESTRUCT_MARGIN)
-        lines = [MediaLine(**line) for line in job["lines"]]
+        lines = [_media_line(fields) for fields in job["lines"]]
         try:
-            result = prepare_one(lines, MediaSpec(**job["spec"]), Limits(**job["limits"]))
+            result = prepare_one(
+                lines, MediaSpec(**job["spec"]), Limits(**job["limits"]), scratch=job["scratch"]
+            )
         except Exception as error:  # a defect of this program, or no memory: one file's, not the run's
             reason = f"unexpected {type(error).__name__}: {error}"
             result = Rejection(lines[0].path, lines[0].id, reason, "crash")
@@ -112,6 +173,11 @@ def serve() -> None:
             {"record": result} if isinstance(result, bytes) else {"rejection": dataclasses.asdict(result)}
         )
         send(answers, msgpack.packb(answer))
+
+
+def _media_line(fields: Mapping[str, Any]) -> MediaLine:
+    interval = fields["interval"]
+    return MediaLine(**{**fields, "interval": None if interval is None else tuple(interval)})
 
 
 # The whole run
@@ -128,6 +194,8 @@ class PrepareReport:
         rejected: one entry per line that did not come through, as in rejected.jsonl.
         ignored: files of a folder that are no media by their suffix.
         seconds: wall time; `record_bytes`: size of the records.
+        resumed: shards that an earlier, killed run had finished.
+        up_to_date: the records were there already, and nothing was done.
     """
 
     out_dir: str
@@ -138,6 +206,8 @@ class PrepareReport:
     ignored: list[str]
     seconds: float
     record_bytes: int
+    resumed: int = 0
+    up_to_date: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -150,6 +220,11 @@ class PrepareReport:
             f"{self.records} records with {self.samples} conversations in {self.out_dir} "
             f"({self.seconds:.1f} s{rate})"
         ]
+        if self.resumed:
+            lines.append(f"{self.resumed} shards were there from an earlier run")
+        if self.up_to_date:
+            again = "; --overwrite tries what was rejected again" if self.rejected else ""
+            lines.append(f"the records are up to date, nothing was done{again}")
         if self.ignored:
             few = ", ".join(self.ignored[:3]) + (", ..." if len(self.ignored) > 3 else "")
             lines.append(f"{len(self.ignored)} files ignored, no media by their suffix: {few}")
@@ -177,96 +252,126 @@ def prepare(
     limits: Limits | None = None,
     overwrite: bool = False,
     label: str = "prepare",
+    runner: str = LOCAL_RUNNER,
+    beam_options: Sequence[str] = (),
 ) -> PrepareReport:
-    """Makes a folder of records; the same input gives the same bytes, whatever the number of workers.
+    """Makes a folder of records; the same input gives the same bytes, however many work on it.
+
+    A run that was killed is taken up by another with the same arguments; one on finished records does
+    nothing.
 
     Args:
         lines: a Listing, or native manifest lines as objects (see manifest.py).
         out_dir: folder to create; it appears when everything is done, so a killed run leaves none.
         spec: how the media become arrays.
         media_root, source: for lines given as objects: what paths are relative to, and the default "source".
-        workers: decoding processes; default one per core. 0 decodes in this process, without a time limit.
+        workers: decoding processes of the local runner; default one per core.
         timeout: seconds one file may take.
         limits: what one file may ask for; default `Limits()`.
         overwrite: replace records that are in `out_dir`.
         label: in front of the progress bar.
+        runner: a Beam runner; the default works on this machine.
+        beam_options: Beam's own options, ["--project=p", ...].
 
     Raises:
         RecordError: `out_dir` is taken.
+        UserError: `workers` is less than 1, or the runner cannot run or reach the files.
     """
     began = time.monotonic()
     listing = lines if isinstance(lines, Listing) else parse_lines(lines, media_root, source=source)
-    limits = limits or Limits()
-    groups = group_by_media(listing.lines)
-    rejected = list(listing.rejections)
-    with RecordWriter(out_dir, spec, overwrite=overwrite) as writer:
-        results = _results(groups, spec, limits, _default_workers() if workers is None else workers, timeout)
-        # The bar counts a file when its record is asked for; closing the pool on the way out is the
-        # generator's.
-        for group, result in zip(
-            groups, track(results, total=len(groups), label=label, unit="file"), strict=True
-        ):
-            if isinstance(result, bytes):
-                writer.add(result)
-            else:
-                rejected.extend(dataclasses.replace(result, id=line.id) for line in group)
-        manifest = writer.finish(
-            manifest_lines=listing.count, rejected=[dataclasses.asdict(rejection) for rejection in rejected]
-        )
+    workers, limits = _default_workers() if workers is None else workers, limits or Limits()
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; it must be at least 1")
+    if runner == DATAFLOW_RUNNER:
+        _check_remote(out_dir, listing)
+    job = {"spec": dataclasses.asdict(spec), "limits": dataclasses.asdict(limits)}
+    rejections = [dataclasses.asdict(rejection) for rejection in listing.rejections]
+    settings = {**job, "timeout": timeout, "schema_version": SCHEMA_VERSION, "rejections": rejections}
+    plan = make_plan(listing.lines, settings)
+    resumed, up_to_date = 0, False
+    with WorkingFolder(out_dir, plan.sha256, overwrite=overwrite) as folder:
+        manifest = folder.finished
+        if manifest is not None and not overwrite:
+            up_to_date = True
+            folder.discard()
+        else:
+            manifest = folder.complete
+            if manifest is None:
+                plan_file = folder.path / PLAN_FILE
+                if not plan_file.exists():
+                    plan.write(plan_file)
+                if plan.shards:
+                    from input_pipeline.pipeline import Work, run_pipeline  # Beam takes a second to import
+
+                    work = Work(
+                        folder=os.fspath(folder.path),
+                        plan_file=os.fspath(plan_file),
+                        num_shards=len(plan.shards),
+                        job=job,
+                        timeout=timeout,
+                        command=worker_command,
+                    )
+                    resumed = run_pipeline(
+                        work,
+                        plan.shards,
+                        num_media=len(plan.groups),
+                        workers=workers,
+                        runner=runner,
+                        beam_options=beam_options,
+                        label=label,
+                    )
+                manifest = finish_records(
+                    folder.path,
+                    spec,
+                    _entries(folder.path, plan, len(listing.lines)),
+                    plan=plan.sha256,
+                    manifest_lines=listing.count,
+                    rejected=rejections,
+                )
+            folder.put_in_place()
     return PrepareReport(
         out_dir=os.fspath(out_dir),
         manifest_lines=listing.count,
         records=manifest["counts"]["records"],
         samples=manifest["counts"]["samples"],
-        rejected=rejected,
+        rejected=_read_rejections(out_dir),
         ignored=listing.ignored,
         seconds=time.monotonic() - began,
         record_bytes=sum(shard["bytes"] for shard in manifest["shards"]),
+        resumed=resumed,
+        up_to_date=up_to_date,
     )
 
 
-def _results(
-    groups: Sequence[Sequence[MediaLine]], spec: MediaSpec, limits: Limits, workers: int, timeout: float
-) -> Iterator[bytes | Rejection]:
-    """`prepare_one` of every group, in order."""
-    if workers <= 0:
-        yield from (prepare_one(group, spec, limits) for group in groups)
-        return
-    pool = [Worker(worker_command()) for _ in range(min(workers, len(groups)))]
-    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-    for worker in pool:
-        idle.put(worker)
-    common = {"spec": dataclasses.asdict(spec), "limits": dataclasses.asdict(limits), "timeout": timeout}
+def _entries(folder: AnyPath, plan: Plan, num_lines: int) -> list[dict[str, Any]]:
+    """The entries of all shards, in order; every line that was planned is in them, as what it became."""
+    entries = []
+    for shard in plan.shards:
+        entry = finished_shard(folder, shard.index, len(plan.shards), verify=False)
+        if entry is None:
+            name = shard_name(shard.index, len(plan.shards))
+            raise RecordError(f"{folder / name} was not made or is damaged; the same command makes it again")
+        entries.append(entry)
+    found = sum(entry["samples"] + entry["media_only"] + entry["rejected"] for entry in entries)
+    if found != num_lines:
+        raise AssertionError(f"{num_lines} lines were planned, but {found} are accounted for in {folder}")
+    return entries
 
-    def run(group: Sequence[MediaLine]) -> bytes | Rejection:
-        worker = idle.get()
-        try:
-            job = msgpack.packb({**common, "lines": [dataclasses.asdict(line) for line in group]})
-            answer = msgpack.unpackb(worker.run(job, timeout))
-        except WorkerFailure as failure:
-            return Rejection(group[0].path, group[0].id, failure.reason, failure.stage)
-        finally:
-            idle.put(worker)
-        return answer["record"] if "record" in answer else Rejection(**answer["rejection"])
 
-    # A few results may wait for their turn; a record is some megabytes.
-    executor, pending = ThreadPoolExecutor(len(pool) or 1), collections.deque()
-    try:
-        for group in groups:
-            pending.append(executor.submit(run, group))
-            if len(pending) > 4 * len(pool):
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    # also on Ctrl-C and errors: a thread that waits for a worker gets its answer when that is stopped
-    finally:
-        for future in pending:
-            future.cancel()
-        for worker in pool:
-            worker.stop()
-        executor.shutdown()
-        for worker in pool:
-            worker.join()
+def _read_rejections(out_dir: str | os.PathLike[str]) -> list[Rejection]:
+    text = (to_path(out_dir) / REJECTED).read_text(encoding="utf-8")
+    return [Rejection(**json.loads(line)) for line in text.split("\n") if line]
+
+
+def _check_remote(out_dir: str | os.PathLike[str], listing: Listing) -> None:
+    local = [
+        path for path in (os.fspath(out_dir), *(line.path for line in listing.lines)) if not is_remote(path)
+    ]
+    if local:
+        raise UserError(
+            f"--runner {DATAFLOW_RUNNER}: its machines cannot reach {local[0]}; copy the media with "
+            "`gcloud storage cp --recursive` and name gs:// paths for them and for --out"
+        )
 
 
 def _default_workers() -> int:
@@ -329,18 +434,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `avlm prepare`."""
     limits = Limits()
     parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="media files to prepare, instead of the next two"
+        "files", nargs="*", metavar="FILE", help="media files to prepare; behind --, options of Beam"
     )
     parser.add_argument(
         "--manifest", metavar="JSONL", help="manifest of JSON lines: media with conversations"
     )
     parser.add_argument("--folder", metavar="DIR", help="prepare every media file below this folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of records to create")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="a public data set, whose files --annotations names"
+    )
+    parser.add_argument("--annotations", metavar="FILE", help="the data set's annotations, as published")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of records to create, local or gs://bucket/folder"
+    )
+    parser.add_argument(
+        "--write-manifest",
+        metavar="FILE",
+        help="write what would be prepared as a manifest of JSON lines, and stop; no --out",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace records that are in --out")
     parser.add_argument(
         "--media-root",
         metavar="DIR",
-        help="folder that the manifest's paths are relative to (its own folder)",
+        help="folder that the manifest's or the data set's paths are relative to (the folder of that file)",
     )
     parser.add_argument(
         "--config",
@@ -358,8 +474,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="decoding processes (one per core); 0: in this process, no time limit",
+        help="decoding processes on this machine (one per core)",
     )
+    parser.add_argument(
+        "--runner",
+        default=LOCAL_RUNNER,
+        metavar="NAME",
+        help="of Beam: %(default)s (this machine), DataflowRunner, FlinkRunner, SparkRunner, ... "
+        "(%(default)s); its options stand behind --",
+    )
+    # --audio-backend belongs here, and into `settings` and `job` of `prepare`.
     parser.add_argument(
         "--timeout", type=float, default=DEFAULT_TIMEOUT, metavar="S", help="seconds per file (%(default)g)"
     )
@@ -380,38 +504,84 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `avlm prepare`; returns its exit code. Raises UserError for unusable arguments."""
-    chosen = [name for name in ("files", "manifest", "folder") if getattr(args, name)]
-    if len(chosen) != 1:
-        got = f"not {' and '.join(chosen)}" if chosen else "none was given"
-        raise UserError(f"say what to prepare with one of --manifest, --folder or files; {got}")
+    files, beam_options = _split_files(args.files)
+    listing = _list(args, files)
+    if args.write_manifest:
+        return _write_manifest(args, listing)
+    if not args.out:
+        raise UserError("say with --out DIR where the records shall be")
     if args.timeout <= 0:
         raise UserError(f"--timeout is {args.timeout:g}; it must be positive seconds")
+    report = prepare(
+        listing,
+        args.out,
+        _media_spec(args),
+        workers=args.workers,
+        timeout=args.timeout,
+        limits=Limits(max_bytes=args.max_bytes, max_pixels=args.max_pixels, max_duration=args.max_duration),
+        overwrite=args.overwrite,
+        runner=args.runner,
+        beam_options=beam_options,
+    )
+    print(report.summary())
+    return report.exit_code
+
+
+def _split_files(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Files, and what stood behind `--`: argparse lets nothing else that begins with -- through to here."""
+    first = next((i for i, name in enumerate(files) if name.startswith("--")), len(files))
+    return list(files[:first]), list(files[first:])
+
+
+def _list(args: argparse.Namespace, files: Sequence[str]) -> Listing:
+    asked = {
+        "files": files,
+        "--manifest": args.manifest,
+        "--folder": args.folder,
+        "--dataset": args.dataset,
+    }
+    chosen = [name for name, value in asked.items() if value]
+    if len(chosen) != 1:
+        got = f"not {' and '.join(chosen)}" if chosen else "none was given"
+        raise UserError(f"say what to prepare with one of --manifest, --folder, --dataset or files; {got}")
+    if bool(args.dataset) != bool(args.annotations):
+        raise UserError("--dataset NAME and --annotations FILE belong together")
+    if args.dataset:
+        from input_pipeline.annotations import import_annotations
+
+        root = args.media_root or os.path.dirname(args.annotations) or "."
+        return import_annotations(args.dataset, args.annotations, root)
+    if args.manifest:
+        return read_manifest(args.manifest, args.media_root)
+    return list_folder(args.folder) if args.folder else list_files(files)
+
+
+def _media_spec(args: argparse.Namespace) -> MediaSpec:
     changed = getattr(args, "config_overrides", [])
     if changed and not args.config:
         raise UserError(f"{changed[0]}: name the configuration it changes with --config")
     spec = media_spec_from_config(args.config, changed) if args.config else MediaSpec()
     overrides = {name: getattr(args, name, None) for name in _spec_fields()}
     try:
-        spec = dataclasses.replace(
+        return dataclasses.replace(
             spec, **{name: value for name, value in overrides.items() if value is not None}
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    if args.manifest:
-        listing = read_manifest(args.manifest, args.media_root)
-    else:
-        listing = list_folder(args.folder) if args.folder else list_files(args.files)
-    report = prepare(
-        listing,
-        args.out,
-        spec,
-        workers=args.workers,
-        timeout=args.timeout,
-        limits=Limits(max_bytes=args.max_bytes, max_pixels=args.max_pixels, max_duration=args.max_duration),
-        overwrite=args.overwrite,
-    )
-    print(report.summary())
-    return report.exit_code
+
+
+def _write_manifest(args: argparse.Namespace, listing: Listing) -> int:
+    if args.out:
+        raise UserError("--write-manifest writes no records; leave out --out, or prepare the manifest after")
+    from input_pipeline.manifest import write_manifest
+
+    write_manifest(listing, args.write_manifest)
+    print(f"{len(listing.lines)} lines in {args.write_manifest}")
+    for rejection in listing.rejections[:SHOWN_REJECTIONS]:
+        print(f"  rejected: {rejection.path} [{rejection.id}]: {rejection.reason}")
+    if listing.rejections:
+        print(f"{len(listing.rejections)} of {listing.count} lines rejected")
+    return 1 if listing.rejections else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -425,7 +595,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells count it
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # By its full name: what travels to Beam's machines must not be called __main__ there.
+    from input_pipeline.prepare import main as _main
+
+    sys.exit(_main())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import queue
 import selectors
 import signal
 import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 STARTUP_SECONDS = 120.0  # Importing the decoder takes 0.3 s; a machine ten times overloaded still makes it.
@@ -101,6 +103,40 @@ class Worker:
                 raise WorkerFailure("the run was stopped", "crash") from None
             raise RuntimeError(f"a decoding process could not start:\n{errors}") from None
         return process
+
+
+class WorkerPool:
+    """Workers that threads share: one at a time has a worker, the others wait for one to be free.
+
+    Args:
+        command: of each worker.
+        size: how many; each is started when first needed.
+    """
+
+    def __init__(self, command: Sequence[str], size: int) -> None:
+        self._workers = [Worker(command) for _ in range(size)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[Worker]:
+        """A worker of one's own for a while."""
+        worker = self._idle.get()
+        try:
+            yield worker
+        finally:
+            self._idle.put(worker)
+
+    def stop(self) -> None:
+        """Kills all processes; whoever waits for an answer gets a WorkerFailure. `join` must follow."""
+        for worker in self._workers:
+            worker.stop()
+
+    def join(self) -> None:
+        """Waits for the processes' end; no thread may be using a worker."""
+        for worker in self._workers:
+            worker.join()
 
 
 def send(fd: int, message: bytes) -> None:

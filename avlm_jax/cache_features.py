@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +124,7 @@ def make_encoders(assembly: Assembly, modalities: Sequence[str], batch_size: int
 
 @dataclasses.dataclass
 class Tally:
-    """What one process has encoded since it started."""
+    """What one process has encoded since it started, and how long that took, compilation included."""
 
     clips: int = 0
     frames: int = 0
@@ -205,21 +206,27 @@ def _meet(name: str) -> None:
 
 def _write_share(encoders: Encoders, reader: RecordReader, work: WorkingFolder, tally: Tally) -> None:
     """Every process_count-th shard, those an earlier run has finished left out."""
-    shards = reader.manifest["shards"]
-    first = 0
+    begun = time.monotonic()
+    shards, first = reader.manifest["shards"], 0
+    todo: dict[int, range] = {}
     for index, shard in enumerate(shards):
-        numbers = range(first, first + shard["count"])
+        mine = index % jax.process_count() == jax.process_index()
+        if mine and finished_shard(work.path, index, len(shards)) is None:
+            todo[index] = range(first, first + shard["count"])
         first += shard["count"]
-        if index % jax.process_count() != jax.process_index():
-            continue
-        label = f"{reader.directory.name}: shard {index + 1}/{len(shards)}"
-        if finished_shard(work.path, index, len(shards)) is not None:
-            print(f"{label} was finished before", flush=True)
-            continue
-        begun = time.monotonic()
-        clips = track(_encoded(encoders, reader, numbers, tally), shard["count"], label, "clips")
-        write_shard(work.path, index, len(shards), clips, options=WRITER_OPTIONS)
-        tally.seconds += time.monotonic() - begun
+    # One bar over all shards; write_shard takes from it what is the shard's.
+    clips = track(
+        (data for numbers in todo.values() for data in _encoded(encoders, reader, numbers, tally)),
+        sum(map(len, todo.values())),
+        f"features of {reader.directory.name}",
+        "clips",
+    )
+    for index, numbers in todo.items():
+        write_shard(
+            work.path, index, len(shards), itertools.islice(clips, len(numbers)), options=WRITER_OPTIONS
+        )
+    next(clips, None)  # Nothing is left; the bar ends.
+    tally.seconds += time.monotonic() - begun
 
 
 def _encoded(encoders: Encoders, reader: RecordReader, numbers: range, tally: Tally) -> Iterator[bytes]:

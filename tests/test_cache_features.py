@@ -358,36 +358,28 @@ def train(tokenizer: Path, records: str, workdir: Path, *more: str, stage: str =
     ]
 
 
-@pytest.mark.parametrize("cached", ["video,audio", "audio"])
 def test_ten_steps_from_features_are_ten_steps_from_pixels(
-    folders: dict[str, str], tokenizer: Path, tmp_path: Path, cached: str, capsys: pytest.CaptureFixture
-) -> None:
-    records = folders[cached]
-    assert cli.main(train(tokenizer, records, tmp_path / "pixels")) == 0
-    capsys.readouterr()
-    assert cli.main(train(tokenizer, records, tmp_path / "features", "stage.2b.features=true")) == 0
-    table = capsys.readouterr().out
-    assert ("\nvision " in table) == ("video" not in cached) and "\naudio " not in table
-    pixels, features = (read_metrics(tmp_path / name / "2b") for name in ("pixels", "features"))
-    assert len(pixels) == len(features) == 10
-    losses = [np.array([line["loss"] for line in lines]) for lines in (pixels, features)]
-    assert losses[0][-1] < losses[0][0]
-    np.testing.assert_allclose(losses[1], losses[0], rtol=ULP)
-    # What is read belongs to what a run is: neither goes on with the other's.
-    for name, flag in (("pixels", "true"), ("features", "false")):
-        again = train(tokenizer, records, tmp_path / name, f"stage.2b.features={flag}")
-        assert cli.main(again) == 2
-        assert "stage.2b.features" in capsys.readouterr().err
-
-
-def test_a_run_is_not_switched_between_two_steps(
     folders: dict[str, str], tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    command = train(tokenizer, folders["audio"], tmp_path, "stage.2b.steps=2", "save_every=1")
-    assert cli.main(command) == 0
-    shutil.rmtree(tmp_path / "2b" / "final")
-    assert cli.main([*command, "--config.stage.2b.features=true"]) == 2
-    assert "stage.2b.features: False there, True now" in capsys.readouterr().err
+    records = folders["video,audio"]
+    pixels = train(tokenizer, records, tmp_path / "pixels")
+    features = train(tokenizer, records, tmp_path / "features", "stage.2b.features=true")
+    assert cli.main(pixels) == 0
+    assert "\nvision  " in capsys.readouterr().out
+    assert cli.main(features) == 0
+    sizes = capsys.readouterr().out
+    assert "\nvision  " not in sizes and "\naudio  " not in sizes  # Not even on the devices.
+    lines = [read_metrics(tmp_path / name / "2b") for name in ("pixels", "features")]
+    losses = np.array([[line["loss"] for line in run] for run in lines])
+    assert losses.shape == (2, 10) and losses[0, -1] < losses[0, 0]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=ULP)
+    # What is read is part of what a run is: it neither ends nor goes on as another one.
+    switched = [*pixels, "--config.stage.2b.features=true"]
+    for unfinished in (False, True):
+        if unfinished:
+            shutil.rmtree(tmp_path / "pixels" / "2b" / "final")
+        assert cli.main(switched) == 2
+        assert "stage.2b.features: False there, True now" in capsys.readouterr().err
 
 
 # What is refused

@@ -11,6 +11,8 @@ Its manifest has the section "features", by modality, with at least "shape": tha
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,8 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.spec import FEATURE_DTYPE, FeatureShapes
 
+# glibc's malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX.
+ALLOCATOR = {-1: 2**30, -3: 64 * 2**20, -8: 1}
 FIELDS = {"video": "frame_features", "audio": "audio_features"}
 SUFFIX = ".features"  # Of the folder beside the records it was made from.
 
@@ -79,3 +83,16 @@ def feature_shapes(manifest: Mapping[str, Any]) -> FeatureShapes:
             f"the section 'features' of manifest.json is damaged ({error}); run `avlm cache-features` again"
         ) from None
     return FeatureShapes(**shapes)
+
+
+@functools.cache
+def keep_large_buffers() -> None:
+    """Lets this process's allocator keep freed buffers of up to 64 MB for the next record instead of unmapping them.
+
+    A record of 26 MB passes through three such buffers, each of which the kernel would else hand out anew, page by
+    page: that is two thirds of the time of reading it. Without glibc nothing is changed but the speed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in ALLOCATOR.items():
+            mallopt(parameter, value)

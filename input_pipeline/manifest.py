@@ -24,7 +24,7 @@ import msgpack
 from input_pipeline.containers import MEDIA_SUFFIXES
 from input_pipeline.conversation import ConversationError, split_rounds
 from input_pipeline.errors import UserError
-from input_pipeline.paths import is_remote, join, to_path
+from input_pipeline.paths import is_remote, join, to_path, walk
 
 MEDIA_KEYS = ("video", "audio", "image")
 DEFAULT_TASK = "chat"  # Of a conversation that does not name its task: plain instruction following.
@@ -153,7 +153,7 @@ def list_folder(folder: str | os.PathLike[str]) -> Listing:
     if not folder.is_dir():
         raise ManifestError(f"{folder} is no folder")
     media, ignored = [], []
-    for directory, folders, files in folder.walk() if is_remote(folder) else os.walk(folder):
+    for directory, folders, files in walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             wanted = Path(name).suffix.lower() in MEDIA_SUFFIXES and not name.startswith(".")

@@ -10,13 +10,14 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
-
-from etils import epath
+from typing import TYPE_CHECKING, TypeAlias
 
 from input_pipeline.errors import UserError
 
-AnyPath: TypeAlias = Path | epath.Path
+if TYPE_CHECKING:
+    from etils import epath  # Imported when an address is named: it takes longer than all else here.
+
+AnyPath: TypeAlias = "Path | epath.Path"
 
 COPY_BYTES = 16 * 2**20
 
@@ -43,11 +44,25 @@ def to_path(path: str | os.PathLike[str]) -> AnyPath:
 
         try:
             fsspec.get_filesystem_class("gcs")
+            # A run looks again and again for what other machines have written meanwhile.
+            fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
         except (ImportError, ValueError) as error:
             raise UserError(
                 f"{text}: Google Cloud Storage cannot be reached ({error}); pip install 'avlm_jax[gcp]'"
             ) from None
+    from etils import epath
+
     return epath.Path(text)
+
+
+def walk(folder: AnyPath) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk`, also of a folder on gs://; the names are full paths or addresses."""
+    if not is_remote(folder):
+        yield from os.walk(folder)
+        return
+    for directory, folders, files in folder.walk():
+        text = os.fspath(directory)  # fsspec leaves the scheme out.
+        yield text if is_remote(text) else f"gs://{text.lstrip('/')}", folders, files
 
 
 def join(root: str | os.PathLike[str], name: str) -> str:

@@ -71,7 +71,7 @@ class Work:
         folder: the working folder.
         plan_file: where `Plan.write` wrote.
         num_shards: in the plan.
-        job: what a decoding process is told with each group of lines, see `prepare.serve`.
+        job: what a decoding process is told with each group of lines, see `decoding.serve`.
         timeout: seconds one file may take.
         command: gives the command of a decoding process on the machine that needs it.
         run: key of this run among those of a process.

@@ -107,4 +107,4 @@ def media_kind(line: MediaLine) -> str:
 
 
 def _pack(group: Sequence[MediaLine]) -> bytes:
-    return msgpack.packb([dataclasses.asdict(line) for line in group])
+    return msgpack.packb([vars(line) for line in group])

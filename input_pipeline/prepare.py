@@ -9,49 +9,41 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import difflib
 import functools
 import importlib.util
 import json
 import os
-import shutil
-import signal
-import struct
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
-
+from input_pipeline.decoding import worker_command
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
     Listing,
-    MediaLine,
     Rejection,
     list_files,
     list_folder,
     parse_lines,
     read_manifest,
 )
-from input_pipeline.media import Limits, MediaError, load_media
-from input_pipeline.paths import COPY_BYTES, AnyPath, file_size, is_remote, to_path
+from input_pipeline.media import Limits
+from input_pipeline.paths import AnyPath, is_remote, to_path
 from input_pipeline.plan import Plan, make_plan
 from input_pipeline.records import (
+    MANIFEST,
     REJECTED,
     SCHEMA_VERSION,
     RecordError,
-    encode_record,
     finish_records,
     finished_shard,
     shard_name,
 )
 from input_pipeline.spec import MediaSpec
-from input_pipeline.workers import send
 from input_pipeline.working_folder import WorkingFolder
 
 EPILOG = """\
@@ -83,105 +75,9 @@ exit codes:
 """
 
 DEFAULT_TIMEOUT = 120.0  # s per file; an hour of 1080p H.264 takes about a minute on one core.
-SELF_DESTRUCT_MARGIN = 5.0  # s after the limit at which a worker ends itself, should its parent be gone.
 LOCAL_RUNNER, DATAFLOW_RUNNER = "DirectRunner", "DataflowRunner"
 PLAN_FILE = "plan.msgpack"  # in the working folder
 SHOWN_REJECTIONS = 10  # lines of the summary; all are in rejected.jsonl
-
-
-def prepare_one(
-    lines: Sequence[MediaLine],
-    spec: MediaSpec,
-    limits: Limits | None = None,
-    *,
-    scratch: str | None = None,
-) -> bytes | Rejection:
-    """Decodes one media file and packs it with its conversations: a pure function of the file.
-
-    Args:
-        lines: all lines on one file (same path, kind and interval, see `group_by_media`).
-        spec: how the media become arrays.
-        limits: what a file may ask for.
-        scratch: folder for a passing copy of a file that is not local; default the system's.
-
-    Returns:
-        A record (see records.py), or why there is none.
-    """
-    first, limits = lines[0], limits or Limits()
-    try:
-        with _local_file(first.path, limits, scratch) as path:
-            media = load_media(path, spec, kind=first.kind, interval=first.interval, limits=limits)
-    except MediaError as error:
-        return Rejection(first.path, first.id, error.reason, error.stage)
-    samples = [line.sample() for line in lines if line.conversations is not None]
-    return encode_record(media, media_id=first.name, source=first.source, samples=samples)
-
-
-@contextlib.contextmanager
-def _local_file(path: str, limits: Limits, scratch: str | None) -> Iterator[str]:
-    """The file itself, or a copy of one on gs://. The decoder reads files to and fro, and only local ones."""
-    if not is_remote(path):
-        yield path
-        return
-    remote = to_path(path)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        copy = os.path.join(folder, remote.name)
-        try:
-            size = file_size(remote)
-            if size > limits.max_bytes:
-                raise MediaError(
-                    path, f"has {size} bytes; the limit max_bytes is {limits.max_bytes}", "limit"
-                )
-            with remote.open("rb") as source, open(copy, "wb") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
-        except FileNotFoundError:
-            raise MediaError(path, "no such file", "open") from None
-        except OSError as error:
-            raise MediaError(path, f"cannot be read: {error}", "open") from None
-        yield copy
-
-
-def worker_command() -> list[str]:
-    """Command of a worker that runs `prepare_one`; works from a source tree as well as installed."""
-    root = str(Path(__file__).resolve().parents[1])
-    code = f"import sys; sys.path.insert(0, {root!r}); from input_pipeline.prepare import serve; serve()"
-    return [sys.executable, "-c", code]
-
-
-def serve() -> None:
-    """A worker's life: jobs from stdin, answers to stdout, until stdin ends."""
-    answers = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints must not get between the answers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    send(answers, b"")
-    jobs = sys.stdin.buffer
-    while header := jobs.read(8):
-        job = msgpack.unpackb(jobs.read(struct.unpack("<Q", header)[0]))
-        if hasattr(signal, "setitimer"):  # SIGALRM's default action ends even a process stuck in C code
-            signal.setitimer(signal.ITIMER_REAL, job["timeout"] + SELF_DESTRUCT_MARGIN)
-        lines = [_media_line(fields) for fields in job["lines"]]
-        try:
-            result = prepare_one(
-                lines, MediaSpec(**job["spec"]), Limits(**job["limits"]), scratch=job["scratch"]
-            )
-        except Exception as error:  # a defect of this program, or no memory: one file's, not the run's
-            reason = f"unexpected {type(error).__name__}: {error}"
-            result = Rejection(lines[0].path, lines[0].id, reason, "crash")
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        answer = (
-            {"record": result} if isinstance(result, bytes) else {"rejection": dataclasses.asdict(result)}
-        )
-        send(answers, msgpack.packb(answer))
-
-
-def _media_line(fields: Mapping[str, Any]) -> MediaLine:
-    interval = fields["interval"]
-    return MediaLine(**{**fields, "interval": None if interval is None else tuple(interval)})
-
-
-# The whole run
-# -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,47 +184,33 @@ def prepare(
     rejections = [dataclasses.asdict(rejection) for rejection in listing.rejections]
     settings = {**job, "timeout": timeout, "schema_version": SCHEMA_VERSION, "rejections": rejections}
     plan = make_plan(listing.lines, settings)
-    resumed, up_to_date = 0, False
+    resumed = 0
     with WorkingFolder(out_dir, plan.sha256, overwrite=overwrite) as folder:
-        manifest = folder.finished
-        if manifest is not None and not overwrite:
-            up_to_date = True
+        up_to_date = folder.finished is not None and not overwrite
+        if up_to_date:
             folder.discard()
-        else:
-            manifest = folder.complete
-            if manifest is None:
-                plan_file = folder.path / PLAN_FILE
-                if not plan_file.exists():
-                    plan.write(plan_file)
-                if plan.shards:
-                    from input_pipeline.pipeline import Work, run_pipeline  # Beam takes a second to import
-
-                    work = Work(
-                        folder=os.fspath(folder.path),
-                        plan_file=os.fspath(plan_file),
-                        num_shards=len(plan.shards),
-                        job=job,
-                        timeout=timeout,
-                        command=worker_command,
-                    )
-                    resumed = run_pipeline(
-                        work,
-                        plan.shards,
-                        num_media=len(plan.groups),
-                        workers=workers,
-                        runner=runner,
-                        beam_options=beam_options,
-                        label=label,
-                    )
-                manifest = finish_records(
-                    folder.path,
-                    spec,
-                    _entries(folder.path, plan, len(listing.lines)),
-                    plan=plan.sha256,
-                    manifest_lines=listing.count,
-                    rejected=rejections,
-                )
+        elif folder.complete is None:
+            resumed = _make_shards(
+                plan,
+                folder.path,
+                job,
+                timeout,
+                workers=workers,
+                runner=runner,
+                beam_options=beam_options,
+                label=label,
+            )
+            finish_records(
+                folder.path,
+                spec,
+                _entries(folder.path, plan),
+                plan=plan.sha256,
+                manifest_lines=listing.count,
+                rejected=rejections,
+            )
+        if not up_to_date:
             folder.put_in_place()
+    manifest = json.loads((to_path(out_dir) / MANIFEST).read_text())
     return PrepareReport(
         out_dir=os.fspath(out_dir),
         manifest_lines=listing.count,
@@ -343,7 +225,29 @@ def prepare(
     )
 
 
-def _entries(folder: AnyPath, plan: Plan, num_lines: int) -> list[dict[str, Any]]:
+def _make_shards(
+    plan: Plan, folder: AnyPath, job: Mapping[str, Any], timeout: float, *, workers: int, **options: Any
+) -> int:
+    """Makes the shards that are not there; returns how many were. `options` are `run_pipeline`'s."""
+    plan_file = folder / PLAN_FILE
+    if not plan_file.exists():
+        plan.write(plan_file)
+    if not plan.shards:
+        return 0
+    from input_pipeline.pipeline import Work, run_pipeline  # Beam takes a second to import.
+
+    work = Work(
+        folder=os.fspath(folder),
+        plan_file=os.fspath(plan_file),
+        num_shards=len(plan.shards),
+        job=dict(job),
+        timeout=timeout,
+        command=worker_command,
+    )
+    return run_pipeline(work, plan.shards, num_media=len(plan.groups), workers=workers, **options)
+
+
+def _entries(folder: AnyPath, plan: Plan) -> list[dict[str, Any]]:
     """The entries of all shards, in order; every line that was planned is in them, as what it became."""
     entries = []
     for shard in plan.shards:
@@ -352,6 +256,7 @@ def _entries(folder: AnyPath, plan: Plan, num_lines: int) -> list[dict[str, Any]
             name = shard_name(shard.index, len(plan.shards))
             raise RecordError(f"{folder / name} was not made or is damaged; the same command makes it again")
         entries.append(entry)
+    num_lines = sum(map(len, plan.groups))
     found = sum(entry["samples"] + entry["media_only"] + entry["rejected"] for entry in entries)
     if found != num_lines:
         raise AssertionError(f"{num_lines} lines were planned, but {found} are accounted for in {folder}")

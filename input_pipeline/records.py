@@ -29,9 +29,9 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.errors import UserError
-from input_pipeline.features import feature_shapes
+from input_pipeline.features import feature_shapes, keep_large_buffers
 from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, to_path, write_text
-from input_pipeline.spec import MediaSpec
+from input_pipeline.spec import PIXELS, MediaSpec
 
 if TYPE_CHECKING:
     from input_pipeline.media import LoadedMedia
@@ -356,6 +356,8 @@ class RecordReader:
         if not 0 <= index < self._count:
             raise IndexError(f"record {index} of {self._count} in {self.directory}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        if self.features != PIXELS:
+            keep_large_buffers()
         try:
             reader = _open_shard(self._paths[shard], self.manifest["shards"][shard]["sha256"])
             (data,) = reader.read([index - self._first[shard]])

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from input_pipeline.paths import AnyPath, is_remote, join, to_path, write_text
+from input_pipeline.paths import AnyPath, file_size, is_remote, join, to_path, write_text
 from input_pipeline.records import (
     MANIFEST,
     REJECTED,
@@ -47,7 +47,7 @@ class WorkingFolder:
 
     Raises:
         RecordError: on entering: `out_dir` holds records of another plan and `overwrite` is False, or it
-            holds something else, or another run is at work on it. On gs:// the last is not noticed.
+            holds something else or damaged records, or another run is at work on it. On gs:// the last is not noticed.
     """
 
     def __init__(self, out_dir: str | os.PathLike[str], plan: str, *, overwrite: bool = False) -> None:
@@ -67,11 +67,11 @@ class WorkingFolder:
             self._check_place()
             if self._plan not in (_text(self.path / PLAN), (self.complete or {}).get("plan")):
                 self.discard()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / PLAN, self._plan)
-            if not is_remote(self.path):
+            if not is_remote(self.path):  # Cloud Storage has no folders, only names with slashes.
+                self.path.mkdir(exist_ok=True)
                 for path in self.path.glob(".*.tmp"):  # what a killed run was writing
                     path.unlink()
+            write_text(self.path / PLAN, self._plan)
         except BaseException:
             self._release_lock()
             raise
@@ -126,7 +126,14 @@ class WorkingFolder:
         if foreign:
             raise RecordError(f"{out} holds other files ({foreign[0]}, ...); name a new or an empty folder")
         manifest = _manifest(out)
-        if manifest is not None and manifest.get("plan") == self._plan:
+        same = manifest is not None and manifest.get("plan") == self._plan
+        damaged = [shard["file"] for shard in manifest["shards"] if not _is_whole(out, shard)] if same else []
+        if damaged and not self._overwrite:
+            raise RecordError(
+                f"{out / damaged[0]} is missing or not as long as {MANIFEST} says; pass --overwrite to make the "
+                "records again"
+            )
+        if same and not damaged:
             self.finished = manifest
         elif (out / MANIFEST).exists() and not self._overwrite:
             raise RecordError(
@@ -144,16 +151,19 @@ class WorkingFolder:
             os.rename(self._replaced, self._out)
 
     def _move_objects(self, wanted: Sequence[str]) -> None:
-        self._out.mkdir(parents=True, exist_ok=True)
-        stale = [path for path in self._out.iterdir() if path.name not in wanted and path.name != MANIFEST]
+        there = list(self._out.iterdir()) if self._out.exists() else []
+        stale = [path for path in there if path.name not in (*wanted, MANIFEST)]
         # From here to the end there are no records: half of them would be neither the old nor the new ones.
         with contextlib.suppress(FileNotFoundError):
             (self._out / MANIFEST).unlink()
         with ThreadPoolExecutor(MOVES_AT_ONCE) as executor:
             list(executor.map(lambda path: path.unlink(), stale))
+            # epath moves objects only into a folder that there is: one with an object in it.
+            if (self.path / REJECTED).exists():
+                (self.path / REJECTED).copy(self._out / REJECTED, overwrite=True)
             list(executor.map(self._move_object, wanted))
         self._move_object(MANIFEST)
-        _remove(self.path)
+        self.discard()
 
     def _move_object(self, name: str) -> None:
         if (self.path / name).exists():  # else a killed run has moved it
@@ -208,6 +218,13 @@ def _manifest(folder: AnyPath) -> dict[str, Any] | None:
         return manifest if manifest.keys() >= {"counts", "shards"} else None
     except (ValueError, AttributeError):
         return None
+
+
+def _is_whole(folder: AnyPath, shard: dict[str, Any]) -> bool:
+    try:
+        return file_size(folder / shard["file"]) == shard["bytes"]
+    except FileNotFoundError:
+        return False
 
 
 def _remove(folder: AnyPath) -> None:

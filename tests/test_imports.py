@@ -34,7 +34,6 @@ BLOCKED = (
     "torchaudio",
     "tensorflow",
     "tensorboard",
-    "apache_beam",
     "wandb",
     "tokamax",
     "nnx",

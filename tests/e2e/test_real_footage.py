@@ -70,7 +70,7 @@ def records(place: Path, shared_media: Path) -> Path:
     manifest = place / "conversations.jsonl"
     manifest.write_text("\n".join(lines) + "\n")
     command = ["prepare", "--manifest", str(manifest), "--media-root", str(shared_media)]
-    command += ["--out", str(place / "records"), "--config", f"{CONFIG}:size=demo", "--workers", "0"]
+    command += ["--out", str(place / "records"), "--config", f"{CONFIG}:size=demo", "--workers", "1"]
     for key, value in MEDIA.items():
         command += [f"--{key.replace('_', '-')}", str(value)]
     assert cli.main(command) == 1  # The damaged file is told by the exit code, and costs nothing else.

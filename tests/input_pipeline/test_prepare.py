@@ -6,17 +6,20 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 
+from input_pipeline import manifest as manifest_module
 from input_pipeline import prepare as prepare_module
+from input_pipeline.decoding import prepare_one
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
+    Listing,
     ManifestError,
     MediaLine,
     Rejection,
@@ -25,8 +28,13 @@ from input_pipeline.manifest import (
     read_manifest,
 )
 from input_pipeline.media import Limits
+<<<<<<< HEAD
 from input_pipeline.prepare import media_spec_from_config, prepare, prepare_one
 from input_pipeline.records import RecordReader, unpack_record
+=======
+from input_pipeline.prepare import media_spec_from_config, prepare
+from input_pipeline.records import RecordReader, decode_record, unpack_record
+>>>>>>> beam
 from input_pipeline.spec import MediaSpec
 from input_pipeline.transforms.media import decode_record
 from input_pipeline.workers import Worker, WorkerFailure
@@ -216,40 +224,26 @@ def test_late_files_are_rejected_and_the_rest_goes_on(clips, tmp_path):
 
 
 def test_workers_import_only_the_decoder():
-    code = "import sys, input_pipeline.prepare; print(*sys.modules)"
+    code = "import sys, input_pipeline.decoding; print(*sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root()
     )
     loaded = {name.split(".")[0] for name in result.stdout.split()}
     assert "av" in loaded
-    assert not loaded & {"jax", "flax", "grain", "array_record", "transformers", "tensorflow", "torch"}
+    assert not loaded & {
+        "jax",
+        "flax",
+        "grain",
+        "array_record",
+        "transformers",
+        "tensorflow",
+        "torch",
+        "apache_beam",
+    }
 
 
 def _root() -> str:
     return os.path.dirname(os.path.dirname(prepare_module.__file__))
-
-
-def test_a_killed_run_leaves_nothing_and_can_be_repeated(clips, tmp_path):
-    (tmp_path / "in").mkdir()
-    for number in range(200):
-        os.link(clips / "both.mkv", tmp_path / "in" / f"{number:03d}.mkv")
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "input_pipeline.prepare", "--folder", tmp_path / "in", "--out", out]
-    command += ["--workers", "1", "--image-size", "16", "--num-frames", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=_root())
-    shard = tmp_path / ".out.partial" / "00000"
-    deadline = time.monotonic() + 120
-    while not shard.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert process.poll() is None and shard.exists()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not out.exists()
-    for number in range(3, 200):
-        (tmp_path / "in" / f"{number:03d}.mkv").unlink()
-    assert call("--folder", tmp_path / "in", "--out", out, "--image-size", 16, "--workers", 1) == 0
-    assert len(RecordReader(out)) == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
 def test_command(clips, tmp_path, capsys):
@@ -271,17 +265,42 @@ def test_command(clips, tmp_path, capsys):
 
     for arguments, reason in (
         ((), "none was given"),
-        (("--folder", clips, clips / "plain.mp4"), "files and folder"),
+        (("--folder", clips, clips / "plain.mp4"), "files and --folder"),
         (("--folder", clips, "--num-frames", 0), "num_frames"),
         (("--folder", clips, "--timeout", 0), "--timeout"),
+        (("--folder", clips, "--workers", 0), "--workers"),
+        (("--dataset", "any"), "belong together"),
+        (("--folder", clips, "--annotations", "a.json"), "belong together"),
+        (("--folder", clips, "--write-manifest", "m.jsonl"), "leave out --out"),
         (("--folder", clips, "--config", tmp_path / "none.py"), "there is no file"),
     ):
         with pytest.raises(UserError, match=reason):
             call(*arguments, "--out", tmp_path / "never")
+    with pytest.raises(UserError, match="--out DIR"):
+        call("--folder", clips)
     assert not (tmp_path / "never").exists()
     config.write_text("def get_config(arg):\n    return {'media': {'num_frame': 3}}\n")
     with pytest.raises(UserError, match=r"media\.num_frame is unknown; did you mean media\.num_frames"):
         media_spec_from_config(str(config))
+
+
+def test_data_sets_and_manifests_go_through_their_modules(clips, tmp_path, monkeypatch, capsys):
+    lines = [MediaLine(str(clips / "tone.wav"), "tone.wav", "audio", "t")]
+    listing = Listing(lines, [Rejection("b.wav", "b", "no such clip", "manifest")])
+    asked, written = [], []
+    module = types.ModuleType("input_pipeline.annotations")
+    module.import_annotations = lambda *arguments: asked.append(arguments) or listing
+    monkeypatch.setitem(sys.modules, "input_pipeline.annotations", module)
+    common = ("--dataset", "sounds", "--annotations", "a/b.json")
+    assert call(*common, "--media-root", clips, "--out", tmp_path / "r", "--image-size", 16) == 1
+    assert RecordReader(tmp_path / "r").manifest["counts"] == {
+        "manifest_lines": 2, "records": 1, "samples": 0, "rejected": 1
+    }  # fmt: skip
+    monkeypatch.setattr(manifest_module, "write_manifest", lambda *a: written.append(a), raising=False)
+    assert call(*common, "--write-manifest", tmp_path / "m.jsonl") == 1
+    assert asked == [("sounds", "a/b.json", str(clips)), ("sounds", "a/b.json", "a")]
+    assert written == [(listing, str(tmp_path / "m.jsonl"))]
+    assert "no such clip" in capsys.readouterr().out
 
 
 def test_overrides_of_the_configuration_count(tmp_path):

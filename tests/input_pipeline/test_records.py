@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import msgpack
 import numpy as np
 import pytest
 
+from input_pipeline import records as records_module
 from input_pipeline.media import LoadedMedia
-from input_pipeline.records import RecordError, RecordReader, encode_record, unpack_record
+from input_pipeline.records import (
+    RecordError,
+    RecordReader,
+    encode_record,
+    finish_records,
+    finished_shard,
+    shard_name,
+    unpack_record,
+    write_shard,
+)
 from input_pipeline.spec import MediaSpec
 from input_pipeline.transforms.media import decode_record, pad_media
 from tests.record_folder import write_folder
@@ -189,3 +202,81 @@ def test_unfinished_and_foreign_folders(tmp_path):
     manifest.write_text("{")
     with pytest.raises(RecordError, match="cannot be read"):
         RecordReader(tmp_path / "empty")
+
+
+def test_a_finished_shard_is_known_and_a_damaged_one_is_not(tmp_path):
+    rejected = []
+
+    def records():
+        yield from make_records(2)
+        rejected.append({"path": "b.mp4", "id": "q", "reason": "is empty", "stage": "open"})
+
+    assert finished_shard(tmp_path, 0, 2) is None
+    entry = write_shard(tmp_path, 0, 2, records(), rejected=rejected, extra={"note": "x"})
+    assert (entry["count"], entry["samples"], entry["rejected"], entry["note"]) == (2, 4, 1, "x")
+    assert finished_shard(tmp_path, 0, 2) == entry
+    assert finished_shard(tmp_path, 1, 2) is None and finished_shard(tmp_path, 0, 3) is None
+    shard = tmp_path / entry["file"]
+    data = shard.read_bytes()
+    for damaged in (data[:-1], data[:100] + bytes([data[100] ^ 1]) + data[101:]):
+        shard.write_bytes(damaged)
+        assert finished_shard(tmp_path, 0, 2) is None
+    shard.write_bytes(data)
+    assert finished_shard(tmp_path, 0, 2) == entry
+    sidecar = tmp_path / f"{shard.name}.json"
+    sidecar.write_text(sidecar.read_text()[:-9])
+    assert finished_shard(tmp_path, 0, 2) is None
+    with pytest.raises(RecordError, match="missing or damaged"):
+        finish_records(tmp_path, SPEC, [entry], plan="p", manifest_lines=4)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_a_shard_that_fails_leaves_nothing(tmp_path):
+    def records():
+        yield make_records(1)[0]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_shard(tmp_path, 0, 1, records())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_join_in_order_and_may_be_empty(tmp_path):
+    rows = [{"path": f"{i}.mp4", "id": "", "reason": "is empty", "stage": "open"} for i in range(3)]
+    made = make_records(3)
+    parts = [([], rows[1:2]), (made[:1], []), ([], []), (made[1:], rows[2:]), ([], [])]
+    entries = [write_shard(tmp_path, i, 5, part, rejected=refused) for i, (part, refused) in enumerate(parts)]
+    features = {"frame_features": [1, 2]}
+    manifest = finish_records(
+        tmp_path, SPEC, entries, plan="p", manifest_lines=9, rejected=rows[:1], features=features
+    )
+    assert manifest["counts"] == {"manifest_lines": 9, "records": 3, "samples": 6, "rejected": 3}
+    assert (manifest["plan"], manifest["features"]) == ("p", features)
+    assert [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()] == rows
+    reader = RecordReader(tmp_path, SPEC)
+    assert [unpack_record(reader[i])["id"] for i in range(3)] == ["m0", "m1", "m2"]
+    assert [row["record"] for row in reader.samples] == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(IndexError):
+        reader[3]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    """In a process that may open as few files as there are shards left to read."""
+    shards, (record,) = 1_100, make_records(1)
+    first = write_shard(tmp_path, 0, shards, [record])
+    entries = [{**first, "file": shard_name(i, shards)} for i in range(shards)]
+    for entry in entries[1:]:
+        os.link(tmp_path / first["file"], tmp_path / entry["file"])
+        os.link(tmp_path / f"{first['file']}.json", tmp_path / f"{entry['file']}.json")
+    finish_records(tmp_path, SPEC, entries, plan="p", manifest_lines=2 * shards)
+    program = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))\n"
+        "from input_pipeline.records import RecordReader\n"
+        "reader = RecordReader(sys.argv[1])\n"
+        "print(len({reader[i] for i in range(len(reader))}), len(reader))\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    root = os.path.dirname(os.path.dirname(records_module.__file__))
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.stdout.split() == ["1", "1100"], result.stderr[-2000:]

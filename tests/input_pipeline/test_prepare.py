@@ -28,13 +28,8 @@ from input_pipeline.manifest import (
     read_manifest,
 )
 from input_pipeline.media import Limits
-<<<<<<< HEAD
-from input_pipeline.prepare import media_spec_from_config, prepare, prepare_one
-from input_pipeline.records import RecordReader, unpack_record
-=======
 from input_pipeline.prepare import media_spec_from_config, prepare
-from input_pipeline.records import RecordReader, decode_record, unpack_record
->>>>>>> beam
+from input_pipeline.records import RecordReader, unpack_record
 from input_pipeline.spec import MediaSpec
 from input_pipeline.transforms.media import decode_record
 from input_pipeline.workers import Worker, WorkerFailure

@@ -13,6 +13,7 @@ from typing import Any
 
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError
+from avlm_jax.state import flatten, split
 from input_pipeline.features import FIELDS, SUFFIX
 from input_pipeline.mixture import SourceConfig
 from input_pipeline.records import MANIFEST, RecordReader
@@ -117,13 +118,25 @@ def open_features(
     return tuple(found), parts
 
 
+def check_readable(assembly: Assembly, reader: RecordReader) -> None:
+    """Raises ConfigError if a folder of records holds features that are not those of a trained model's encoders."""
+    cached = [name for name in FIELDS if name in reader.manifest.get("features", {})]
+    if not cached:
+        return
+    check_features(assembly, reader)
+    abstract, stages = assembly.abstract_params(), assembly.config.stage
+    learnt = {path for name in stages for path in flatten(split(abstract, stages[name].trainable)[0])}
+    parts = [assembly.system.encoders[name].part for name in cached]
+    check_frozen(parts, sorted(learnt), "the model")
+
+
 def check_frozen(parts: Collection[str], learnt: Collection[str], what: str) -> None:
     """Raises ConfigError if training has changed (or is to change) an encoder whose features are cached."""
     for path in learnt:
         if path.partition("/")[0] in parts:
             raise ConfigError(
                 f"{what} depends on {path} as training makes it, but reads features of the encoder as it was; read "
-                "pixels and waveforms (features=False), or cache without that modality"
+                "pixels and waveforms (features=False, the records themselves), or cache without that modality"
             )
 
 

@@ -210,6 +210,10 @@ def save_timeline(
 def _find_sample(
     reader: RecordReader, sample_id: str | None, task: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    if reader.features.video:
+        raise UserError(
+            f"{reader.directory} holds features and no pictures; name the records they were made from"
+        )
     lines = [line for line in reader.samples if sample_id in (None, line["id"]) and line["task"] == task]
     if not lines:
         raise UserError(f"{reader.directory} has no sample {sample_id or ''} of the task {task!r}")

@@ -18,7 +18,7 @@ from avlm_jax import cache_features as verb
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.cache_features import Encoders, Tally, all_records, cache_features, make_encoders
-from avlm_jax.config import ConfigError, load_config
+from avlm_jax.config import ConfigError, apply_overrides, load_config
 from avlm_jax.evaluate import evaluate
 from avlm_jax.features import check_features, features_folder, open_features
 from avlm_jax.models.api import init_params
@@ -328,6 +328,9 @@ def test_questions_may_be_asked_about_features(
         for folder in (folders["video,audio"], features_folder(folders["video,audio"]))
     ]
     assert [report["total"] for report in asked] == [2 * len(MEDIA)] * 2
+    trained = assemble(apply_overrides(assembly.config, ["stage.1b.trainable=('audio/.*',)"]))
+    with pytest.raises(ConfigError, match="the model depends on audio/"):
+        evaluate(trained, params, features_folder(folders["video,audio"]))
 
 
 # Training

@@ -21,7 +21,7 @@ from avlm_jax.cache_features import Encoders, Tally, all_records, cache_features
 from avlm_jax.config import ConfigError, apply_overrides, load_config
 from avlm_jax.evaluate import evaluate
 from avlm_jax.features import check_features, features_folder, open_features
-from avlm_jax.models.api import init_params
+from avlm_jax.models.api import build_system, init_params
 from avlm_jax.state import Tree, merge, split
 from avlm_jax.writer import read_metrics
 from input_pipeline.errors import UserError
@@ -331,6 +331,35 @@ def test_questions_may_be_asked_about_features(
     trained = assemble(apply_overrides(assembly.config, ["stage.1b.trainable=('audio/.*',)"]))
     with pytest.raises(ConfigError, match="the model depends on audio/"):
         evaluate(trained, params, features_folder(folders["video,audio"]))
+
+
+def test_the_7b_system_reads_features_of_its_bf16_encoders() -> None:
+    """Its encoders compute in bf16, so that caching rounds nothing; a video of 16 frames takes 25.6 MiB."""
+    config = load_config(f"{CONFIG}:size=7b,features=true")
+    system = build_system(config, media_token_id=151_650)
+    shapes = {name: encoder.shape for name, encoder in system.encoders.items()}
+    assert shapes == {"video": (729, 1152), "audio": (512, 768)}
+
+    def batch(features: FeatureShapes) -> dict[str, jax.ShapeDtypeStruct]:
+        arrays = system.spec.batch_shapes(2, config.text.max_length, features)
+        return {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in arrays.items()}
+
+    cached = batch(FeatureShapes(**shapes))
+    frames = cached["frame_features"]
+    assert (frames.shape, frames.dtype.name) == ((2, 16, 729, 1152), "bfloat16")
+    assert frames.size // 2 * frames.dtype.itemsize == 26_873_856  # Bytes of one clip.
+    params = jax.eval_shape(lambda b: init_params(system, b, 0), batch(FeatureShapes()))
+
+    def outputs(params: Tree, batch: dict) -> list[tuple]:
+        found = jax.eval_shape(lambda p, b: system.apply({"params": p}, b, method="encoded"), params, batch)
+        return [(x.shape, x.dtype.name) for x in found]
+
+    made = outputs(params, batch(FeatureShapes()))
+    assert made == [((2, 16, 729, 1152), "bfloat16"), ((2, 16, 512, 768), "bfloat16")]
+    rest = {part: tree for part, tree in params.items() if part not in ("vision", "audio")}
+    assert outputs(rest, cached) == made
+    sums = jax.eval_shape(lambda p, b: system.apply({"params": p}, b, 256, method="loss_sums"), rest, cached)
+    assert [x.shape for x in sums] == [()] * 3
 
 
 # Training

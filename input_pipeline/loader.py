@@ -199,7 +199,9 @@ class Loader:
         if self._iterator is None:
             self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
         rows = next(self._iterator)
-        check_batch(rows.batch, self._spec, self.local_batch_size, self._length, self.mixture.features)
+        check_batch(
+            rows.batch, self._spec, self.local_batch_size, self._length, features=self.mixture.features
+        )
         self._next_batch += 1
         self.dropped_rounds += rows.dropped_rounds
         return rows.batch

@@ -104,7 +104,7 @@ class MediaSpec:
         return FBANK_FRAME_SHIFT * self.window_frames
 
     def batch_shapes(
-        self, batch_size: int, length: int, features: FeatureShapes = PIXELS
+        self, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
     ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of every array of a batch of `batch_size` rows of `length` text positions."""
         b, t, h, w, i = batch_size, self.num_frames, self.image_size, self.max_windows, self.max_intervals
@@ -133,10 +133,10 @@ class MediaSpec:
 
 
 def check_batch(
-    batch: Batch, spec: MediaSpec, batch_size: int, length: int, features: FeatureShapes = PIXELS
+    batch: Batch, spec: MediaSpec, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
 ) -> None:
     """Raises ValueError naming the key, what it should be and what it is, if `batch` is not of `spec`."""
-    expected = spec.batch_shapes(batch_size, length, features)
+    expected = spec.batch_shapes(batch_size, length, features=features)
     for key in sorted(expected.keys() | batch.keys()):
         if key not in batch:
             raise ValueError(f"batch lacks {key!r}; a missing modality is a False mask, not a missing key")

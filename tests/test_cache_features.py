@@ -341,7 +341,7 @@ def test_the_7b_system_reads_features_of_its_bf16_encoders() -> None:
     assert shapes == {"video": (729, 1152), "audio": (512, 768)}
 
     def batch(features: FeatureShapes) -> dict[str, jax.ShapeDtypeStruct]:
-        arrays = system.spec.batch_shapes(2, config.text.max_length, features)
+        arrays = system.spec.batch_shapes(2, config.text.max_length, features=features)
         return {key: jax.ShapeDtypeStruct(shape, dtype) for key, (shape, dtype) in arrays.items()}
 
     cached = batch(FeatureShapes(**shapes))

@@ -140,7 +140,7 @@ class SampleBuilder:
 
     def padding_row(self) -> Row:
         """A row of which nothing is valid: every mask False, every segment id 0."""
-        shapes = self.spec.batch_shapes(1, self.max_length, self.features)
+        shapes = self.spec.batch_shapes(1, self.max_length, features=self.features)
         arrays = {key: np.zeros(shape[1:], dtype) for key, (shape, dtype) in shapes.items()}
         arrays["tokens"] += self._padding_id
         return Row(arrays, None, None)

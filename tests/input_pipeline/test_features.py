@@ -121,7 +121,7 @@ def test_the_loader_gives_out_features(
     shapes = FeatureShapes(VIDEO if video else None, AUDIO if audio else None)
     with Loader([SourceConfig(folder)], builder, batch_size=3, shuffle=False, threads=0) as loader:
         batch = next(loader)
-    check_batch(batch, builder.spec, 3, LENGTH, shapes)
+    check_batch(batch, builder.spec, 3, LENGTH, features=shapes)
     with pytest.raises(ValueError, match="_features|frames|audio"):
         check_batch(batch, builder.spec, 3, LENGTH)
     if video:
@@ -133,7 +133,7 @@ def test_the_loader_gives_out_features(
         np.testing.assert_array_equal(batch[key], pixels[key])
     # The last batch of an evaluation is filled up with padding rows of the same kind.
     rows = list(iter_eval([SourceConfig(folder)], builder, batch_size=2, threads=0))
-    check_batch(rows[-1].batch, builder.spec, 2, LENGTH, shapes)
+    check_batch(rows[-1].batch, builder.spec, 2, LENGTH, features=shapes)
     assert not rows[-1].batch["frame_mask"][1].any()
 
 

@@ -21,8 +21,8 @@ from avlm_jax.generate import Generator, checkpoint_config, load_model
 from input_pipeline.conversation import DoesNotFit, TokenPlan
 from input_pipeline.errors import UserError
 from input_pipeline.media import LoadedMedia, load_media
-from input_pipeline.records import pad_media
 from input_pipeline.transforms.intervals import interval_source, parse_intervals
+from input_pipeline.transforms.media import pad_media
 from input_pipeline.transforms.sample import Row
 
 DEMO_CONFIG = "configs/savenvideo.py:size=demo"

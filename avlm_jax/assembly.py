@@ -92,6 +92,7 @@ class Assembly:
         *,
         mesh: Mesh | None = None,
         fp32: Collection[str] = (),
+        without: Collection[str] = (),
     ) -> tuple[Tree, dict[str, LoadReport]]:
         """All parameters on their devices: the backbones' from files, `learnt` over them, the rest drawn from config.seed.
 
@@ -102,6 +103,7 @@ class Assembly:
             learnt: tree of a stage checkpoint, or None.
             mesh: of the devices; None makes config.mesh.
             fp32: paths that stay in single precision (what is trained); all others get config.frozen_dtype.
+            without: top-level parts ("vision") that nothing will ask for; they are neither read nor placed.
 
         Returns:
             (parameters, load report by backbone).
@@ -111,7 +113,7 @@ class Assembly:
             ValueError: `learnt` holds a parameter that the system lacks, or of another shape.
         """
         mesh = make_mesh(**self.config.mesh) if mesh is None else mesh
-        abstract = self.abstract_params()
+        abstract = {part: tree for part, tree in self.abstract_params().items() if part not in without}
         expected, shardings = flatten(abstract), flatten(param_shardings(abstract, mesh))
         stored, reports = self.backbones
         known: dict[str, Any] = dict(stored)

@@ -40,6 +40,9 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb(
         "input_pipeline.prepare_command", "decode media files and their conversations into records"
     ),
+    "cache-features": Verb(
+        "avlm_jax.cache_features", "run the frozen encoders once over records and keep their features"
+    ),
     "train": Verb("avlm_jax.train", "run a configuration's stages; the same command continues a killed run"),
     "evaluate": Verb("avlm_jax.evaluate", "answer the questions of prepared records and score the answers"),
     "score": Verb("avlm_jax.score", "score a file of predictions"),

@@ -22,6 +22,7 @@ from avlm_jax.assembly import Assembly
 from avlm_jax.config import enable_compilation_cache
 from avlm_jax.evals.multiple_choice import EXTRACTORS, format_report, score_multiple_choice
 from avlm_jax.evals.predictions import Prediction, reference_of_sample, write_rows
+from avlm_jax.features import check_readable
 from avlm_jax.generate import DEFAULT_NEW_TOKENS, Generator, load_model
 from input_pipeline.errors import UserError
 from input_pipeline.loader import iter_eval, num_eval_batches
@@ -66,7 +67,7 @@ def evaluate(
 
     Args:
         assembly, params: the model; see `generate.load_model`.
-        records: folder made by `avlm prepare`.
+        records: folder made by `avlm prepare`, or its features made by `avlm cache-features`.
         tasks: which samples; each needs a letter under "answer" and its texts under "options".
         modalities: what the model is shown, of "video", "audio"; () shows neither. Every question is asked
             whatever its media hold.
@@ -95,6 +96,7 @@ def evaluate(
     builder = assembly.builder(prompt=True)
     # () takes samples without picture or sound as well: a question that cannot be seen counts all the same.
     index = open_source(SourceConfig(str(records), tuple(tasks), modalities=()), builder.spec)
+    check_readable(assembly, index.reader)
     index = _shown(index, SourceConfig(str(records), tuple(tasks), modalities), limit)
     items = [reference_of_sample(sample, video_id) for sample, video_id in _samples(index)]
     generator = Generator(assembly, params, max_new_tokens)

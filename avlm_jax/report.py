@@ -18,9 +18,10 @@ from avlm_jax.evals.multiple_choice import percent
 from avlm_jax.generate import Generator
 from input_pipeline.conversation import PLACEHOLDERS
 from input_pipeline.errors import UserError
-from input_pipeline.records import RecordReader, decode_record
+from input_pipeline.records import RecordReader
 from input_pipeline.spec import FBANK_FRAME_LENGTH, FBANK_FRAME_SHIFT, SAMPLE_RATE
 from input_pipeline.transforms.intervals import interval_source, parse_intervals
+from input_pipeline.transforms.media import decode_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,6 +210,10 @@ def save_timeline(
 def _find_sample(
     reader: RecordReader, sample_id: str | None, task: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    if reader.features.video:
+        raise UserError(
+            f"{reader.directory} holds features and no pictures; name the records they were made from"
+        )
     lines = [line for line in reader.samples if sample_id in (None, line["id"]) and line["task"] == task]
     if not lines:
         raise UserError(f"{reader.directory} has no sample {sample_id or ''} of the task {task!r}")

@@ -36,6 +36,7 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
+from avlm_jax.features import open_features
 from avlm_jax.lineage import check_finished, check_parent, check_same_config, load_parent
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
@@ -78,6 +79,7 @@ class StageConfig:
         parent: the stage whose result it begins from; empty for the first.
         fresh_lora: merge the adapter of earlier stages into the base and begin with a fresh one (LongVALE-LLM's
             second stage), instead of training it on.
+        features: read cached features (`avlm cache-features`) in place of what of pixels and waveforms they hold.
         optim: learning rate and the rest of AdamW.
     """
 
@@ -89,6 +91,7 @@ class StageConfig:
     max_length: int = 0
     parent: str = ""
     fresh_lora: bool = False
+    features: bool = False
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
 
 
@@ -121,9 +124,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
     mesh = make_mesh(**config.mesh)
+    sources, idle = stage.sources, ()
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
-        params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained)
+        if stage.features:
+            sources, idle = open_features(assembly, name, sources, {**flatten(learnt or {}), **trained})
+        params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained, without=idle)
         trainable, frozen = split(params, stage.trainable)
     except UserError:
         raise
@@ -140,7 +146,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
 
     loader = Loader(
-        stage.sources,
+        sources,
         assembly.builder(max_length=stage.max_length),
         batch_size=stage.batch_size,
         seed=config.seed,

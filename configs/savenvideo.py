@@ -6,6 +6,7 @@
 
 Sizes: "demo" runs on a laptop; "7b" is the paper's and expects a TPU slice of at least 128 GB HBM (v5e-8, v6e-4) for stage 2;
 "0.5b" and "1.5b" take the smaller Qwen2 in its place. `weights` is the folder that `avlm import-weights --out DIR` made.
+`features` lets all stages read what `avlm cache-features` has made of their records; stage.<name>.features is for one.
 The paper reaches 56.21 on Video-MME (without subtitles), 83.14 on Music-AVQA and 66.71 on AVBench.
 """
 
@@ -26,7 +27,7 @@ SMALLER_QWEN2 = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    args = parse_arg(arg, size="demo", stage="", weights="")
+    args = parse_arg(arg, size="demo", stage="", weights="", features=False)
     sizes = ("demo", *SMALLER_QWEN2, "7b")
     if args.size not in sizes:
         raise ConfigError(f"unknown size {args.size!r}; known: {', '.join(sizes)}")
@@ -40,6 +41,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
         if args.stage not in config.stages:
             raise ConfigError(f"unknown stage {args.stage!r}; known: {', '.join(config.stages)}")
         config.stages = (args.stage,)
+    if args.features:
+        for name in config.stage:
+            config.stage[name].features = True
     return config.lock()
 
 
@@ -63,6 +67,7 @@ def stage(
             "max_length": 0,
             "parent": "",
             "fresh_lora": False,
+            "features": False,
             "optim": {
                 "lr": lr,
                 "warmup_ratio": 0.03,

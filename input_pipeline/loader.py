@@ -88,6 +88,7 @@ MOST_POSITIONS = 2**50
 
 def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadRow:
     modalities = [source.config.modalities for source in mixture.sources]
+    builder = dataclasses.replace(builder, features=mixture.features)
     return ReadRow(mixture, tuple(dataclasses.replace(builder, modalities=shown) for shown in modalities))
 
 
@@ -198,7 +199,9 @@ class Loader:
         if self._iterator is None:
             self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
         rows = next(self._iterator)
-        check_batch(rows.batch, self._spec, self.local_batch_size, self._length)
+        check_batch(
+            rows.batch, self._spec, self.local_batch_size, self._length, features=self.mixture.features
+        )
         self._next_batch += 1
         self.dropped_rounds += rows.dropped_rounds
         return rows.batch

@@ -22,7 +22,7 @@ from grain.experimental import index_shuffle
 
 from input_pipeline.errors import UserError
 from input_pipeline.records import SAMPLES, RecordReader
-from input_pipeline.spec import MediaSpec
+from input_pipeline.spec import FeatureShapes, MediaSpec
 
 MODALITIES = ("video", "audio")
 
@@ -85,10 +85,10 @@ class SourceIndex:
     def __len__(self) -> int:
         return len(self.records)
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """sha256 of the folder's manifest, which holds the sha256 of every shard."""
-        return hashlib.sha256(json.dumps(self.reader.manifest, sort_keys=True).encode()).hexdigest()
+        """See `RecordReader.digest`."""
+        return self.reader.digest
 
     def line(self, number: int) -> dict:
         """The sample's line of samples.jsonl, read from disk."""
@@ -248,6 +248,19 @@ class Mixture:
     @property
     def _shares(self) -> tuple[int, ...]:
         return tuple(max(1, round(source.config.weight * len(source))) for source in self.sources)
+
+    @functools.cached_property
+    def features(self) -> FeatureShapes:
+        """Which media come as features; UserError naming two folders if the sources disagree."""
+        first = self.sources[0]
+        for source in self.sources[1:]:
+            if source.reader.features != first.reader.features:
+                raise UserError(
+                    f"{first.config.records} holds {first.reader.features}, {source.config.records} holds "
+                    f"{source.reader.features}; all sources of a stage must come alike, run `avlm "
+                    "cache-features` on both with the same --modalities, or on neither"
+                )
+        return first.reader.features
 
     def locate(self, number: int) -> tuple[int, int]:
         """(source, number within the source) of a sample's global number."""

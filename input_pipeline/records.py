@@ -29,8 +29,9 @@ import numpy as np
 from PIL import Image
 
 from input_pipeline.errors import UserError
+from input_pipeline.features import feature_shapes, keep_large_buffers
 from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, to_path, write_text
-from input_pipeline.spec import MediaSpec
+from input_pipeline.spec import PIXELS, MediaSpec
 
 if TYPE_CHECKING:
     from input_pipeline.media import LoadedMedia
@@ -92,78 +93,6 @@ def unpack_record(data: bytes) -> dict[str, Any]:
             f"record has schema {version}, this program reads {SCHEMA_VERSION}; run `avlm prepare` again"
         )
     return record
-
-
-def decode_record(data: bytes, spec: MediaSpec, *, frames: bool = True, audio: bool = True) -> dict[str, Any]:
-    """Unpacks a record into the arrays of one batch row.
-
-    Args:
-        data: one record as `RecordReader` or Grain's ArrayRecord source gives it.
-        spec: the MediaSpec of the batch.
-        frames, audio: False leaves that modality out (mask False) and saves its decoding.
-
-    Returns:
-        frames uint8 [t h w 3], frame_times f32 [t], frame_mask bool [t], audio f32 [w s],
-        audio_spans f32 [w 2], audio_mask bool [w], duration f32 [], all padded on the right, and "samples"
-        (list of maps), "id", "source".
-
-    Raises:
-        RecordError: another schema, another picture size, or more frames or windows than the spec has room
-            for.
-    """
-    record = unpack_record(data)
-    pictures = [_from_jpeg(jpeg) for jpeg in record["frames"]] if frames else []
-    times = record["frame_times"] if frames else []
-    windows = []
-    if audio:
-        for window in record["windows"]:
-            samples = np.frombuffer(window["pcm"], "<i2").astype(np.float32) / PCM_SCALE
-            windows.append((*window["span"], samples))
-    row = pad_media(pictures, times, windows, record["duration"], spec, name=record["id"])
-    return {**row, "samples": record["samples"], "id": record["id"], "source": record["source"]}
-
-
-def pad_media(
-    frames: Sequence[np.ndarray] | np.ndarray,
-    frame_times: Sequence[float] | np.ndarray,
-    windows: Sequence[tuple[float, float, np.ndarray]],
-    duration: float,
-    spec: MediaSpec,
-    *,
-    name: str = "media",
-) -> dict[str, np.ndarray]:
-    """Pads frames and windows to the spec's static shapes; what is missing is masked. See `decode_record`.
-
-    Also takes the fields of a `LoadedMedia` directly. Raises RecordError naming `name` if something does not
-    fit.
-    """
-    t, h, w, s = spec.num_frames, spec.image_size, spec.max_windows, spec.window_samples
-    if len(frames) > t or len(windows) > w:
-        raise RecordError(
-            f"{name} has {len(frames)} frames and {len(windows)} audio windows, the spec has room for "
-            f"{t} and {w}; prepare it for this media spec"
-        )
-    row = {
-        "frames": np.zeros((t, h, h, 3), np.uint8),
-        "frame_times": np.zeros(t, np.float32),
-        "frame_mask": np.arange(t) < len(frames),
-        "audio": np.zeros((w, s), np.float32),
-        "audio_spans": np.zeros((w, 2), np.float32),
-        "audio_mask": np.arange(w) < len(windows),
-        "duration": np.float32(duration),
-    }
-    for i, (frame, time) in enumerate(zip(frames, frame_times, strict=True)):
-        if frame.shape != (h, h, 3):
-            raise RecordError(f"{name} has frames of {list(frame.shape)}, the spec wants [{h}, {h}, 3]")
-        row["frames"][i], row["frame_times"][i] = frame, time
-    for i, (start, end, samples) in enumerate(windows):
-        if len(samples) > s:
-            raise RecordError(
-                f"{name} has audio windows of {len(samples)} samples, the spec has room for {s}"
-            )
-        row["audio"][i, : len(samples)] = samples
-        row["audio_spans"][i] = start, end
-    return row
 
 
 # Writing
@@ -364,6 +293,7 @@ class RecordReader:
     Attributes:
         spec: the MediaSpec the records were made with.
         manifest: manifest.json.
+        features: what its records hold as features instead of pictures and samples.
 
     Raises:
         RecordError: the folder is no finished folder of records, a shard is missing or has another size than
@@ -379,6 +309,7 @@ class RecordReader:
         self.directory = Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.spec = MediaSpec(**self.manifest["media_spec"])
+        self.features = feature_shapes(self.manifest)
         if spec is not None:
             check_spec(self.spec, spec, self.directory)
         self._first: list[int] = []  # number of the first record of each shard
@@ -401,6 +332,11 @@ class RecordReader:
         self._count = count
 
     @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the manifest, which holds the sha256 of every shard."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
     def samples(self) -> list[dict[str, Any]]:
         """The rows of samples.jsonl, in order, read when first asked for; RecordError if they are damaged."""
         path = self.directory / SAMPLES
@@ -421,6 +357,8 @@ class RecordReader:
         if not 0 <= index < self._count:
             raise IndexError(f"record {index} of {self._count} in {self.directory}")
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        if self.features != PIXELS:
+            keep_large_buffers()
         try:
             reader = _open_shard(self._paths[shard], self.manifest["shards"][shard]["sha256"])
             (data,) = reader.read([index - self._first[shard]])
@@ -514,14 +452,6 @@ def _to_jpeg(frame: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=JPEG_SUBSAMPLING)
     return buffer.getvalue()
-
-
-def _from_jpeg(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"a frame of this record is no readable JPEG ({error}); prepare again") from None
 
 
 def _to_int16(samples: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The glossary: every array that crosses from the input pipeline to a model, with shape, dtype and unit.
 
 Letters used in shapes everywhere in this project: b batch, t frames, w audio windows, s samples per window,
-i intervals, l text length, n media tokens, d width.
+i intervals, l text length, n media tokens, d width; of cached features p tokens per frame, k tokens per window.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TypedDict
 
+import ml_dtypes
 import numpy as np
 
 SAMPLE_RATE = 16_000  # Hz; BEATs and every other audio encoder of the four papers but CLAP read 16 kHz mono.
@@ -17,12 +18,17 @@ FBANK_FRAME_SHIFT = 160  # samples = 10 ms, same source.
 
 
 class Batch(TypedDict, total=False):
-    """One process's share of a global batch. Static shapes; a missing modality is a mask that is False."""
+    """One process's share of a global batch. Static shapes; a missing modality is a mask that is False.
+
+    `frame_features` stands in for `frames`, `audio_features` for `audio`, when records of features are read.
+    """
 
     frames: np.ndarray  # uint8 [b t h w 3], RGB
+    frame_features: np.ndarray  # bf16 [b t p d], what the picture encoder gives for `frames`
     frame_times: np.ndarray  # f32 [b t], seconds from the start of the media
     frame_mask: np.ndarray  # bool [b t]
     audio: np.ndarray  # f32 [b w s], 16 kHz mono in [-1, 1]
+    audio_features: np.ndarray  # bf16 [b w k d], what the sound encoder gives for `audio`
     audio_spans: (
         np.ndarray
     )  # f32 [b w 2], seconds; end - start = valid audio of the window, the rest is padding
@@ -34,6 +40,30 @@ class Batch(TypedDict, total=False):
     loss_mask: np.ndarray  # bool [b l]; True at j: token j is a target, predicted from position j - 1
     positions: np.ndarray  # i32 [b l], counted from 0 within a segment
     segment_ids: np.ndarray  # i32 [b l], 0 = padding, 1.. = sequences packed into the row
+
+
+FEATURE_DTYPE = np.dtype(ml_dtypes.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureShapes:
+    """Which media come as features of their encoders instead of as pixels and samples, and in which shapes.
+
+    Attributes:
+        video: (p, d) of a frame's features, bf16; None: frames come as pixels.
+        audio: (k, d) of a window's features, bf16; None: windows come as samples.
+    """
+
+    video: tuple[int, int] | None = None
+    audio: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        named = {"video": self.video, "audio": self.audio}
+        told = [f"{name} features {list(shape)}" for name, shape in named.items() if shape]
+        return ", ".join(told) or "pixels and samples"
+
+
+PIXELS = FeatureShapes()  # No features: pixels and samples.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +103,9 @@ class MediaSpec:
         """Samples between the starts of contiguous windows: their filterbank frames join without a seam."""
         return FBANK_FRAME_SHIFT * self.window_frames
 
-    def batch_shapes(self, batch_size: int, length: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    def batch_shapes(
+        self, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
+    ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of every array of a batch of `batch_size` rows of `length` text positions."""
         b, t, h, w, i = batch_size, self.num_frames, self.image_size, self.max_windows, self.max_intervals
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
@@ -91,12 +123,20 @@ class MediaSpec:
             "positions": ((b, length), np.int32),
             "segment_ids": ((b, length), np.int32),
         }
+        if features.video:
+            del shapes["frames"]
+            shapes["frame_features"] = ((b, t, *features.video), FEATURE_DTYPE)
+        if features.audio:
+            del shapes["audio"]
+            shapes["audio_features"] = ((b, w, *features.audio), FEATURE_DTYPE)
         return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
 
-def check_batch(batch: Batch, spec: MediaSpec, batch_size: int, length: int) -> None:
+def check_batch(
+    batch: Batch, spec: MediaSpec, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
+) -> None:
     """Raises ValueError naming the key, what it should be and what it is, if `batch` is not of `spec`."""
-    expected = spec.batch_shapes(batch_size, length)
+    expected = spec.batch_shapes(batch_size, length, features=features)
     for key in sorted(expected.keys() | batch.keys()):
         if key not in batch:
             raise ValueError(f"batch lacks {key!r}; a missing modality is a False mask, not a missing key")

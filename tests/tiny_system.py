@@ -13,8 +13,9 @@ from avlm_jax.checkpoint import save_tree
 from avlm_jax.config import apply_overrides, config_to_json, load_config
 from avlm_jax.state import Tree, flatten, unflatten
 from input_pipeline.media import LoadedMedia
-from input_pipeline.records import encode_record, pad_media
+from input_pipeline.records import encode_record
 from input_pipeline.spec import MediaSpec
+from input_pipeline.transforms.media import pad_media
 from tests.record_folder import write_folder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "savenvideo.py"

@@ -8,12 +8,12 @@ Each system's file offers `build(config) -> System` and is named by `config.syst
 from __future__ import annotations
 
 import importlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
@@ -30,14 +30,52 @@ class MediaTokens(NamedTuple):
     mask: Bool[Array, "b n"]
 
 
+class EncoderSpec(NamedTuple):
+    """A frozen encoder whose output may be cached.
+
+    Attributes:
+        part: its subtree of the parameters, and its section of config.init.
+        shape: (tokens, width) of its features of one frame or one window.
+        config: its frozen dataclass.
+    """
+
+    part: str
+    shape: tuple[int, int]
+    config: Any
+
+
 class System(nn.Module):
     """Base of all systems: subclasses define `llm` and `media_tokens` in `setup`-style Linen.
+
+    A system whose encoders' features may be cached (`avlm cache-features`) also defines `encoders`, `encode_frames` and
+    `encode_audio`, and takes batches with frame_features in place of frames, audio_features in place of audio.
 
     Attributes:
         media_token_id: the reserved id that stands once per media token in `batch["tokens"]`.
     """
 
     media_token_id: int
+
+    @property
+    def encoders(self) -> dict[str, EncoderSpec]:
+        """The encoder of each modality, "video" and "audio"."""
+        raise NotImplementedError(f"{type(self).__name__} has no encoders whose features may be cached")
+
+    def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:
+        """Features of pictures as `media_tokens` takes them, each independent of the others."""
+        raise NotImplementedError(f"{type(self).__name__} must encode pictures")
+
+    def encode_audio(
+        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, "n"]
+    ) -> Float[Array, "n k d"]:
+        """Features of audio windows as `media_tokens` takes them, each independent of the others.
+
+        Args:
+            audio: 16 kHz in [-1, 1]; what lies beyond a window's span is padding.
+            spans: start and end of the sound in seconds.
+            mask: False for a window that is none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must encode audio windows")
 
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         raise NotImplementedError(f"{type(self).__name__} must turn a batch into media tokens")

@@ -12,19 +12,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.connectors import avts as avts_lib
 from avlm_jax.connectors.avts import AvtsConfig, Perceptron, Resampler, Tokens
 from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_tokens
-from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder
+from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder, token_mask
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
-from avlm_jax.models.api import MediaTokens, System
+from avlm_jax.models.api import EncoderSpec, MediaTokens, System
 from input_pipeline.spec import FBANK_FRAME_LENGTH, FBANK_FRAME_SHIFT, SAMPLE_RATE, MediaSpec
+
+
+def valid_samples(spans: Float[Array, "... 2"], mask: Bool[Array, "..."]) -> Float[Array, "..."]:
+    """How many samples of an audio window are sound, not padding: its span says so; 0 where masked."""
+    return jnp.where(mask, jnp.round((spans[..., 1] - spans[..., 0]) * SAMPLE_RATE), 0.0)
+
+
+def valid_fbank_frames(samples: Float[Array, "n"], num_frames: int) -> Bool[Array, "n f"]:
+    """Which filterbank frames lie wholly in so many first samples, as the filterbank counts.
+
+    The tolerance of half a hop is what fp32 seconds can be off by two hours into a film.
+    """
+    count = jnp.floor((samples + 8 - FBANK_FRAME_LENGTH) / FBANK_FRAME_SHIFT) + 1
+    return jnp.arange(num_frames)[None] < count[:, None]
 
 
 class Connector(nn.Module):
@@ -92,8 +106,55 @@ class SaveNVideo(System):
             time_tokens=time[self.time_config.source],
         )
 
+    @property
+    def encoders(self) -> dict[str, EncoderSpec]:
+        vision, audio = self.vision_config, self.audio_config
+        tokens = audio.num_tokens(self.spec.window_frames)
+        return {
+            "video": EncoderSpec("vision", (vision.num_patches, vision.width), vision),
+            "audio": EncoderSpec("audio", (tokens, audio.width), audio),
+        }
+
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
-        return self.connector(self.visual_tokens(batch), self.audio_tokens(batch), batch)
+        frames, windows = self.encoded(batch)
+        return self.connector(self.visual_tokens(frames, batch), self.audio_tokens(windows, batch), batch)
+
+    def encoded(self, batch: dict[str, Array]) -> tuple[Float[Array, "b t p d"], Float[Array, "b w k e"]]:
+        """The encoders' features of all frames and windows: cached ones of the batch, or computed here.
+
+        The one place that decides; whatever follows cannot tell. Cached features are bf16 and go on in the encoder's own
+        dtype.
+        """
+        if self.is_initializing():  # The parameter tree never depends on what a batch holds.
+            shapes = self.spec.batch_shapes(batch["duration"].shape[0], 1)
+            media = {key: jnp.zeros(*shapes[key]) for key in ("frames", "audio")}
+            batch = media | {key: value for key, value in batch.items() if not key.endswith("_features")}
+        if "frame_features" in batch:
+            frames = batch["frame_features"].astype(self.vision_config.dtype)
+        else:
+            pixels = batch["frames"]
+            flat = pixels.reshape(-1, *pixels.shape[2:])
+            frames = self._where_any(batch["frame_mask"], SaveNVideo.encode_frames, flat)
+            frames = frames.reshape(*pixels.shape[:2], *frames.shape[1:])
+        if "audio_features" in batch:
+            windows = batch["audio_features"].astype(self.audio_config.dtype)
+        else:
+            audio, spans, mask = batch["audio"], batch["audio_spans"], batch["audio_mask"]
+            flat = audio.reshape(-1, audio.shape[-1]), spans.reshape(-1, 2), mask.reshape(-1)
+            windows = self._where_any(mask, SaveNVideo.encode_audio, *flat)
+            windows = windows.reshape(*audio.shape[:2], *windows.shape[1:])
+        return frames, windows
+
+    def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:
+        return self.vision(frames)
+
+    def encode_audio(
+        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, "n"]
+    ) -> Float[Array, "n k e"]:
+        samples = valid_samples(spans, mask)
+        audio = jnp.where(jnp.arange(audio.shape[-1])[None] < samples[:, None], audio, 0.0)
+        fbank = beats_normalize(kaldi_fbank(audio))
+        return self.audio(fbank, valid_fbank_frames(samples, fbank.shape[1]))[0]
 
     def _where_any(self, mask: Array, encode: Callable[..., Any], *inputs: Array) -> Any:
         """encode(self, *inputs), or zeros in its place without any computation if the whole batch lacks the modality.
@@ -107,13 +168,9 @@ class SaveNVideo(System):
         )
         return nn.cond(jnp.any(mask), encode, lambda model, *_: empty, self, *inputs)
 
-    def visual_tokens(self, batch: dict[str, Array]) -> Tokens:
-        """SigLIP's patch features of all frames; every patch carries its frame's time."""
-        frames = batch["frames"]
-        b, t = frames.shape[:2]
-        flat = frames.reshape(b * t, *frames.shape[2:])
-        features = self._where_any(batch["frame_mask"], lambda model, x: model.vision(x), flat)
-        features = features.reshape(b, t, *features.shape[1:])
+    def visual_tokens(self, features: Float[Array, "b t p d"], batch: dict[str, Array]) -> Tokens:
+        """SigLIP's patch features of all frames, pooled; every patch carries its frame's time."""
+        b, t = features.shape[:2]
         pool = self.avts_config.visual_pool
         features = avts_lib.pool_patches(features, self.vision_config.grid, pool)
         grid = avts_lib.pooled_grid(self.vision_config.grid, pool)
@@ -125,26 +182,14 @@ class SaveNVideo(System):
             jnp.tile(avts_lib.patch_places(grid, self.connector_width), (t, 1)),
         )
 
-    def audio_tokens(self, batch: dict[str, Array]) -> Tokens:
-        """BEATs' features of all windows; a token's time is the middle of its 160 ms."""
-        audio, spans = batch["audio"], batch["audio_spans"]
-        b, w, _ = audio.shape
-        # Samples that are sound, not padding; of these whole frames, as the filterbank counts. The tolerance is what fp32
-        # seconds can be off by two hours into a film.
-        samples = jnp.where(
-            batch["audio_mask"], jnp.round((spans[..., 1] - spans[..., 0]) * SAMPLE_RATE), 0.0
-        )
-        audio = jnp.where(jnp.arange(audio.shape[-1])[None, None] < samples[..., None], audio, 0.0)
-        frames = jnp.floor((samples + 8 - FBANK_FRAME_LENGTH) / FBANK_FRAME_SHIFT) + 1
-        frames = frames.reshape(b * w)
-
-        def encode(model: SaveNVideo, audio: Array, frames: Array) -> tuple[Array, Array]:
-            fbank = beats_normalize(kaldi_fbank(audio))
-            return model.audio(fbank, jnp.arange(fbank.shape[1])[None] < frames[:, None])
-
-        features, mask = self._where_any(batch["audio_mask"], encode, audio.reshape(b * w, -1), frames)
+    def audio_tokens(self, features: Float[Array, "b w k e"], batch: dict[str, Array]) -> Tokens:
+        """BEATs' features of all windows, pooled; a token's time is the middle of its 160 ms."""
+        spans = batch["audio_spans"]
+        b, w = features.shape[:2]
+        samples = valid_samples(spans, batch["audio_mask"]).reshape(b * w)
+        mask = token_mask(valid_fbank_frames(samples, self.spec.window_frames), self.audio_config)
         rows = self.audio_config.mel_rows
-        steps = features.shape[1] // rows
+        steps = features.shape[2] // rows
         step_seconds = self.audio_config.patch_size * FBANK_FRAME_SHIFT / SAMPLE_RATE
         seconds = spans[..., :1] + (jnp.arange(steps)[None, None] + 0.5) * step_seconds
         pool = self.avts_config.freq_pool

@@ -17,14 +17,17 @@ from input_pipeline.conversation import (
     encode_conversation,
     encode_prompt,
 )
-from input_pipeline.records import decode_record
-from input_pipeline.spec import MediaSpec
+from input_pipeline.spec import PIXELS, FeatureShapes, MediaSpec
 from input_pipeline.transforms.intervals import interval_source, parse_intervals
+from input_pipeline.transforms.media import decode_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-MEDIA_KEYS = ("frames", "frame_times", "frame_mask", "audio", "audio_spans", "audio_mask", "duration")
+# Of each modality; its first or its second key is there, the second if features stand in for the first.
+VIDEO_KEYS = ("frames", "frame_features", "frame_times", "frame_mask")
+AUDIO_KEYS = ("audio", "audio_features", "audio_spans", "audio_mask")
+MEDIA_KEYS = (*VIDEO_KEYS, *AUDIO_KEYS, "duration")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,7 @@ class SampleBuilder:
             generation.
         template: chat template.
         system: system text instead of the template's.
+        features: what comes as features of its encoder; records and padding rows alike.
     """
 
     spec: MediaSpec
@@ -70,6 +74,7 @@ class SampleBuilder:
     prompt: bool = False
     template: Template = ChatMLTemplate()
     system: str | None = None
+    features: FeatureShapes = PIXELS
 
     def __call__(self, record: bytes | Mapping[str, Any], index: int) -> Row:
         """The row of sample `index` of a record, given as stored or as `decode_record` returns it.
@@ -88,15 +93,15 @@ class SampleBuilder:
 
         Args:
             media: padded arrays frames, frame_times, frame_mask, audio, audio_spans, audio_mask, duration, as
-                `decode_record` and `pad_media` return them.
+                `decode_record` and `pad_media` return them; frame_features and audio_features may stand in.
             sample: {"id": str, "conversations": [{"from": ..., "value": ...}, ...], ...}.
         """
         sample_id = sample.get("id", "")
-        arrays: dict[str, Any] = {key: np.asarray(media[key]) for key in MEDIA_KEYS}
+        arrays: dict[str, Any] = {key: np.asarray(media[key]) for key in MEDIA_KEYS if key in media}
         if "video" not in self.modalities:
-            _mask(arrays, ("frames", "frame_times", "frame_mask"))
+            _mask(arrays, VIDEO_KEYS)
         if "audio" not in self.modalities:
-            _mask(arrays, ("audio", "audio_spans", "audio_mask"))
+            _mask(arrays, AUDIO_KEYS)
         frames, windows = int(arrays["frame_mask"].sum()), int(arrays["audio_mask"].sum())
         try:
             text = self._encode(sample, sample_id)
@@ -135,7 +140,7 @@ class SampleBuilder:
 
     def padding_row(self) -> Row:
         """A row of which nothing is valid: every mask False, every segment id 0."""
-        shapes = self.spec.batch_shapes(1, self.max_length)
+        shapes = self.spec.batch_shapes(1, self.max_length, features=self.features)
         arrays = {key: np.zeros(shape[1:], dtype) for key, (shape, dtype) in shapes.items()}
         arrays["tokens"] += self._padding_id
         return Row(arrays, None, None)
@@ -179,5 +184,5 @@ class SampleBuilder:
 
 
 def _mask(arrays: dict[str, np.ndarray], keys: tuple[str, ...]) -> None:
-    for key in keys:
+    for key in arrays.keys() & set(keys):
         arrays[key] = np.zeros_like(arrays[key])

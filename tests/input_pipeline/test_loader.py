@@ -11,8 +11,9 @@ from input_pipeline.conversation import DoesNotFit, find_media_token_id
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader, iter_eval, num_eval_batches
 from input_pipeline.mixture import SourceConfig, open_mixture
-from input_pipeline.records import RecordReader, decode_record
+from input_pipeline.records import RecordReader
 from input_pipeline.spec import check_batch
+from input_pipeline.transforms.media import decode_record
 from input_pipeline.transforms.sample import SampleBuilder
 
 LENGTH = 160

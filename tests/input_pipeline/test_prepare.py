@@ -27,8 +27,9 @@ from input_pipeline.manifest import (
 from input_pipeline.media import Limits
 from input_pipeline.media_config import media_spec_from_config
 from input_pipeline.prepare import prepare
-from input_pipeline.records import RecordReader, decode_record, unpack_record
+from input_pipeline.records import RecordReader, unpack_record
 from input_pipeline.spec import MediaSpec
+from input_pipeline.transforms.media import decode_record
 from input_pipeline.workers import Worker, WorkerFailure
 from tests.input_pipeline.media_corpus import cut, grey_levels, write_sound, write_video
 

@@ -17,16 +17,15 @@ from input_pipeline.media import LoadedMedia
 from input_pipeline.records import (
     RecordError,
     RecordReader,
-    decode_record,
     encode_record,
     finish_records,
     finished_shard,
-    pad_media,
     shard_name,
     unpack_record,
     write_shard,
 )
 from input_pipeline.spec import MediaSpec
+from input_pipeline.transforms.media import decode_record, pad_media
 from tests.record_folder import write_folder
 
 SPEC = MediaSpec(num_frames=3, image_size=16, window_frames=16, max_windows=2)

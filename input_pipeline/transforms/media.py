@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import simplejpeg
 
 from input_pipeline.features import features_in
 from input_pipeline.records import PCM_SCALE, RecordError, unpack_record
@@ -40,7 +39,7 @@ def decode_record(data: bytes, spec: MediaSpec, *, frames: bool = True, audio: b
     shapes = FeatureShapes(*(None if e is None else e.shape[1:] for e in encoded.values()))
     pictures: Any = []
     if frames:
-        pictures = [_from_jpeg(jpeg) for jpeg in record["frames"]] if not shapes.video else encoded["video"]
+        pictures = record["frames"] if not shapes.video else encoded["video"]
     times = record["frame_times"] if frames else []
     windows = []
     for i, window in enumerate(record["windows"] if audio else ()):
@@ -54,7 +53,7 @@ def decode_record(data: bytes, spec: MediaSpec, *, frames: bool = True, audio: b
 
 
 def pad_media(
-    frames: Sequence[np.ndarray] | np.ndarray,
+    frames: Sequence[np.ndarray | bytes] | np.ndarray,
     frame_times: Sequence[float] | np.ndarray,
     windows: Sequence[tuple[float, float, np.ndarray]],
     duration: float,
@@ -65,7 +64,7 @@ def pad_media(
 ) -> dict[str, np.ndarray]:
     """Pads frames and windows to the spec's static shapes; what is missing is masked. See `decode_record`.
 
-    Also takes the fields of a `LoadedMedia` directly. With `features`, frames [p d] and the windows' arrays
+    Also takes the fields of a `LoadedMedia` directly; frames may be JPEG. With `features`, frames [p d] and the windows' arrays
     [k d] are those. Raises RecordError naming `name` if something does not fit.
     """
     t, h, w, s = spec.num_frames, spec.image_size, spec.max_windows, spec.window_samples
@@ -90,9 +89,7 @@ def pad_media(
     else:
         row["frames"] = np.zeros((t, h, h, 3), np.uint8)
         for i, frame in enumerate(frames):
-            if frame.shape != (h, h, 3):
-                raise RecordError(f"{name} has frames of {list(frame.shape)}, the spec wants [{h}, {h}, 3]")
-            row["frames"][i] = frame
+            _put_picture(frame, row["frames"][i], name)
     if features.audio:
         row["audio_features"] = _pad_rows([sound for *_, sound in windows], (w, *features.audio))
     else:
@@ -106,12 +103,22 @@ def pad_media(
     return row
 
 
-def _from_jpeg(data: bytes) -> np.ndarray:
+def _put_picture(frame: np.ndarray | bytes, place: np.ndarray, name: str) -> None:
+    """A picture, as pixels or as JPEG, into its place [h w 3]; JPEG is decoded right there, without a copy."""
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"a frame of this record is no readable JPEG ({error}); prepare again") from None
+        height, width = (
+            simplejpeg.decode_jpeg_header(frame)[:2] if isinstance(frame, bytes) else frame.shape[:2]
+        )
+        if (height, width, 3) != place.shape:
+            raise RecordError(
+                f"{name} has frames of [{height}, {width}, 3], the spec wants {list(place.shape)}"
+            )
+        if isinstance(frame, bytes):
+            simplejpeg.decode_jpeg(frame, "RGB", buffer=place)
+        else:
+            place[:] = frame
+    except ValueError as error:
+        raise RecordError(f"{name}: a frame is no readable JPEG ({error}); prepare again") from None
 
 
 def _pad_rows(rows: Sequence[np.ndarray] | np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -185,7 +185,7 @@ def test_without_a_chat_template_nothing_is_compared(folder):
 def vicuna(tmp_path: Path) -> Path:
     tokenizer = make_llama_tokenizer("metaspace")
     tokenizer.save_pretrained(tmp_path)
-    llama = {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": 2, "bos_token_id": 1}
+    llama = {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0}
     write_json(tmp_path / "config.json", {**QWEN2, **llama})
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 2, "bos_token_id": 1})
     return tmp_path
@@ -200,7 +200,7 @@ def test_a_vicuna_is_compared_with_its_own_template(vicuna):
         ("{{ bos_token }}" + VICUNA, None),  # As most LLaMAs spell it.
         (
             VICUNA.replace("helpful, ", ""),
-            "is 'A chat between a curious user and an artificial intelligence ",
+            'The assistant gives detailed, and polite answers to the user\'s questions."; text.system has "A chat ',
         ),
         (VICUNA.replace("</s>", "</s> "), "differs from text.template 'vicuna'"),
         (CHAT_TEMPLATE, "differs from text.template 'vicuna'"),
@@ -208,4 +208,4 @@ def test_a_vicuna_is_compared_with_its_own_template(vicuna):
         (vicuna / "chat_template.jinja").write_text(template)
         first, *others = check(vicuna)
         assert told in first and len(others) == (message is not None)
-        assert all(message in warning for warning in others)
+        assert all(message in warning for warning in others), others

@@ -11,14 +11,14 @@ import functools
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avlm_jax.config import ConfigError
+from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.lora import MERGED, merge_stacked, retired_updates
 from avlm_jax.models.api import System, build_system, init_params
 from avlm_jax.sharding import make_mesh, param_shardings, replicated
@@ -29,7 +29,13 @@ from avlm_jax.weights.qwen2 import has_qkv_bias, head_dim, open_qwen2
 from avlm_jax.weights.siglip import open_siglip
 from avlm_jax.weights.stored import LoadReport, StoredLeaf
 from avlm_jax.weights.table import ImportPlan
-from input_pipeline.conversation import find_media_token_id, load_tokenizer, make_template
+from input_pipeline.conversation import (
+    TEMPLATES,
+    Template,
+    end_of_turn_id,
+    find_media_token_id,
+    load_tokenizer,
+)
 from input_pipeline.errors import UserError
 from input_pipeline.transforms.sample import SampleBuilder
 
@@ -51,6 +57,34 @@ _LLM_KEYS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """How text becomes tokens.
+
+    Attributes:
+        tokenizer: its Hugging Face folder.
+        max_length: text positions of a row, media included.
+        template: chat template, see `input_pipeline.templates`.
+        system: system text instead of the template's; empty for none.
+        template_options: the template's own fields, e.g. {"drop_question": True} for "plain"; null takes its defaults.
+    """
+
+    tokenizer: str
+    max_length: int
+    template: Literal["chatml", "vicuna", "plain"] = "chatml"
+    system: str | None = None
+    template_options: dict[str, Any] | None = None
+
+    def make_template(self) -> Template:
+        """Raises ConfigError if the template has no such option, or one of another type."""
+        options = {} if self.template_options is None else self.template_options
+        if not isinstance(options, ConfigDict | Mapping):
+            raise ConfigError(
+                f"text.template_options is {options!r}; a mapping like {{'drop_question': True}} is expected"
+            )
+        return to_dataclass(TEMPLATES[self.template], options, "text.template_options")
+
+
+@dataclasses.dataclass(frozen=True)
 class Assembly:
     """A configuration's tokenizer and system; parameters are made by `parameters`."""
 
@@ -65,17 +99,26 @@ class Assembly:
             prompt: leave the answer open, for generation.
             max_length: text positions of a row; 0 takes text.max_length.
         """
-        text = self.config.text
         return SampleBuilder(
             spec=self.system.spec,
             tokenizer=self.tokenizer,
             media_token_id=self.system.media_token_id,
             num_media_tokens=self.system.num_media_tokens,
-            max_length=max_length or text.max_length,
+            max_length=max_length or self.text.max_length,
             prompt=prompt,
-            template=make_template(text.template),
-            system=text.system,
+            template=self.template,
+            system=self.text.system,
         )
+
+    @functools.cached_property
+    def text(self) -> TextConfig:
+        """The section config.text, checked."""
+        return to_dataclass(TextConfig, self.config.text, "text")
+
+    @functools.cached_property
+    def template(self) -> Template:
+        """The chat template that config.text names."""
+        return self.text.make_template()
 
     def abstract_params(self) -> Tree:
         """Shape and dtype of every parameter; nothing is computed."""
@@ -191,11 +234,13 @@ def assemble(config: ConfigDict) -> Assembly:
     """Tokenizer and system of a configuration.
 
     Raises:
-        UserError: the tokenizer folder is missing; a section of the configuration is wrong.
+        UserError: the tokenizer folder is missing or does not fit text.template; a section of the configuration is wrong.
     """
     tokenizer = load_tokenizer(config.text.tokenizer)
     media_token_id = find_media_token_id(tokenizer, config.model.llm.vocab_size)
-    return Assembly(config, tokenizer, build_system(config, media_token_id))
+    assembly = Assembly(config, tokenizer, build_system(config, media_token_id))
+    end_of_turn_id(tokenizer, assembly.template)  # Raises at once if tokenizer and template do not fit.
+    return assembly
 
 
 def load_backbones(config: ConfigDict) -> tuple[dict[str, StoredLeaf], dict[str, LoadReport]]:

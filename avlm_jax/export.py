@@ -36,7 +36,7 @@ from avlm_jax import model_card, staging
 from avlm_jax.assembly import Assembly, assemble, check_sizes, check_updates, check_weights, open_backbone
 from avlm_jax.checkpoint import CheckpointError, load_tree
 from avlm_jax.config import ConfigError, apply_overrides, config_to_json
-from avlm_jax.generate import STOP_TOKENS, checkpoint_config, find_stop_ids
+from avlm_jax.generate import checkpoint_config, find_stop_ids
 from avlm_jax.lora import MERGED, is_lora, retired_updates
 from avlm_jax.models.api import init_params
 from avlm_jax.published import find_lineage, find_reports, find_stage
@@ -59,7 +59,7 @@ from avlm_jax.weights.peft import save_adapter
 from avlm_jax.weights.record import PARTS
 from avlm_jax.weights.siglip import save_siglip
 from avlm_jax.weights.tokenizer_folder import copy_tokenizer
-from input_pipeline.conversation import make_template
+from input_pipeline.conversation import ChatMLTemplate
 from input_pipeline.errors import UserError
 from input_pipeline.progress import track
 
@@ -179,6 +179,11 @@ def plan_export(
     """
     if config.system != MODEL_TYPE:
         raise ExportError(f"config.system is {config.system!r}; only {MODEL_TYPE} can be exported so far")
+    if config.text.template != "chatml":
+        raise ExportError(
+            f"text.template is {config.text.template!r}; {MODELING} lays prompts out as 'chatml' only, so no other "
+            "model can be exported so far"
+        )
     for part in PARTS:
         if not config.init[part]:
             raise ConfigError(
@@ -191,7 +196,6 @@ def plan_export(
                 f"set --config.init.{part}=DIR"
             )
     assembly = assemble(config)
-    find_stop_ids(assembly.tokenizer)  # Raises: without one no answer would end.
     expected = flatten(assembly.abstract_params())
     flat = {path: np.asarray(leaf) for path, leaf in flatten(learnt).items()}
     lora = config.model.llm.lora
@@ -336,8 +340,8 @@ def _write(
 def model_config(export: Export, adapter: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the whole model."""
     system, text = export.assembly.system, export.assembly.config.text
-    standard = getattr(make_template(text.template), "system", "")
-    added = export.assembly.tokenizer.get_added_vocab()
+    tokenizer, template = export.assembly.tokenizer, export.assembly.template
+    assert isinstance(template, ChatMLTemplate)  # See `plan_export`.
     return {
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
@@ -350,8 +354,8 @@ def model_config(export: Export, adapter: bool, metadata: Mapping[str, Any]) -> 
         "llm_width": system.llm_config.width,
         "text": {
             "template": text.template,
-            "system": standard if text.system is None else text.system,
-            "stop_tokens": [name for name in STOP_TOKENS if name in added],
+            "system": template.system if text.system is None else text.system,
+            "stop_tokens": tokenizer.convert_ids_to_tokens(find_stop_ids(tokenizer, template)),
             "max_length": text.max_length,
         },
         "media_token_id": system.media_token_id,
@@ -367,7 +371,7 @@ def model_config(export: Export, adapter: bool, metadata: Mapping[str, Any]) -> 
 def generation_config(export: Export) -> dict[str, Any]:
     """generation_config.json: greedy, as the model was evaluated, and every token that ends an answer."""
     tokenizer = export.assembly.tokenizer
-    stops = find_stop_ids(tokenizer)
+    stops = find_stop_ids(tokenizer, export.assembly.template)
     pad = tokenizer.pad_token_id
     return {"do_sample": False, "eos_token_id": stops, "pad_token_id": stops[-1] if pad is None else pad}
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,14 @@ from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
 from avlm_jax.sharding import make_mesh, put_batch, replicated, shard_params
 from avlm_jax.state import Tree, flatten
+from input_pipeline.conversation import Template, end_of_turn_id
 from input_pipeline.errors import UserError
 
-# Qwen2 ends a turn with the first and a text with the second (Qwen2-7B-Instruct, generation_config.json:
-# eos_token_id).
-STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# Qwen2 ends a turn with <|im_end|> and a text with this one (Qwen2-7B-Instruct, generation_config.json: eos_token_id).
+END_OF_TEXT = "<|endoftext|>"
 # Longest answer of the published recipes' multiple-choice runs is 16 (lmms-eval); an answer in words needs a
 # few more.
 DEFAULT_NEW_TOKENS = 32
@@ -63,10 +66,10 @@ class Generator:
         assembly: tokenizer and system.
         params: all parameters; put on the mesh of the configuration.
         max_new_tokens: m, after which an answer is cut off.
-        stop_ids: tokens that end an answer; default: those of STOP_TOKENS that the tokenizer has.
+        stop_ids: tokens that end an answer; default: `find_stop_ids`.
 
     Raises:
-        UserError: max_new_tokens is below 1, or the tokenizer has no stop token.
+        UserError: max_new_tokens is below 1, or the tokenizer lacks what ends the template's turns.
     """
 
     def __init__(
@@ -80,7 +83,9 @@ class Generator:
             raise UserError(f"max_new_tokens is {max_new_tokens}; an answer needs at least 1")
         self.assembly = assembly
         self.max_new_tokens = max_new_tokens
-        self.stop_ids = tuple(find_stop_ids(assembly.tokenizer) if stop_ids is None else stop_ids)
+        if stop_ids is None:
+            stop_ids = find_stop_ids(assembly.tokenizer, assembly.template)
+        self.stop_ids = tuple(stop_ids)
         self._mesh = make_mesh(**assembly.config.mesh)
         self._params = shard_params(params, self._mesh)
         self._programs = _compile(assembly.system, max_new_tokens)
@@ -137,17 +142,15 @@ class Generator:
         )  # Fewer rows than devices: one question, say.
 
 
-def find_stop_ids(tokenizer: Any) -> list[int]:
-    """Ids of the STOP_TOKENS that a tokenizer has.
+def find_stop_ids(tokenizer: PreTrainedTokenizerFast, template: Template) -> list[int]:
+    """Ids of the tokens that end an answer: what ends the template's turns, then what ends a whole text.
 
     Raises:
-        UserError: it has none.
+        UserError: the tokenizer has no token that ends the template's turns.
     """
-    known = tokenizer.get_added_vocab()
-    found = [known[name] for name in STOP_TOKENS if name in known]
-    if not found:
-        raise UserError(f"the tokenizer has none of {', '.join(STOP_TOKENS)}; an answer would never end")
-    return found
+    ends = tokenizer.get_added_vocab().get(END_OF_TEXT), tokenizer.eos_token_id
+    found = [end_of_turn_id(tokenizer, template), *(end for end in ends if end is not None)]
+    return list(dict.fromkeys(found))
 
 
 Prefill = Callable[[Tree, dict[str, Array]], tuple[Array, KVCache, Array]]

@@ -148,7 +148,13 @@ def full() -> ConfigDict:
             },
             # What `avlm import-weights --out weights` makes; see README, "Released weights".
             "init": {"vision": "weights/vision", "audio": "weights/audio", "llm": "weights/llm"},
-            "text": {"tokenizer": "weights/llm", "max_length": 2048, "template": "chatml", "system": None},
+            "text": {
+                "tokenizer": "weights/llm",
+                "max_length": 2048,
+                "template": "chatml",
+                "template_options": None,
+                "system": None,
+            },
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "loss_chunk": 256,

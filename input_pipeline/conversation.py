@@ -19,6 +19,7 @@ import numpy as np
 
 from input_pipeline.errors import UserError
 from input_pipeline.templates import (
+    TEMPLATES,
     Begin,
     ChatMLTemplate,
     Control,
@@ -30,7 +31,6 @@ from input_pipeline.templates import (
     Text,
     VicunaTemplate,
     has_words,
-    make_template,
 )
 from input_pipeline.tokenizer import (
     MEDIA_TOKEN,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MEDIA_TOKEN",
     "PLACEHOLDERS",
+    "TEMPLATES",
     "Begin",
     "ChatMLTemplate",
     "Control",
@@ -70,7 +71,6 @@ __all__ = [
     "end_of_turn_id",
     "find_media_token_id",
     "load_tokenizer",
-    "make_template",
     "split_rounds",
 ]
 

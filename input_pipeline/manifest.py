@@ -302,7 +302,9 @@ def parse_line(
         ):
             return refuse('"conversations" must be a list of {"from": ..., "value": ...}')
         try:
-            split_rounds(conversations, has_media=True, sample_id=line_id)
+            split_rounds(
+                conversations, has_media=True, sample_id=line_id, empty_questions=len(conversations) < 3
+            )
         except ConversationError as error:
             return refuse(str(error))
     path = join(root, entry[kind])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
-
-from input_pipeline.errors import UserError
+from typing import ClassVar, Protocol
 
 _LEADING_NEWLINES = re.compile(r"\s*[\r\n]")
 
@@ -188,7 +186,7 @@ class PlainTemplate:
         if has_words(rounds[0]) and not self.drop_question:
             return (
                 "text.template 'plain' leaves out the question's text; take the text away from beside the "
-                "placeholder, or set drop_question=True if it is a mere instruction to describe"
+                "placeholder, or set drop_question=True in text.template_options if it is a mere instruction to describe"
             )
         return None
 
@@ -206,22 +204,9 @@ def has_words(turns: Round) -> bool:
     return any(isinstance(piece, Text) and piece.value.strip() for piece in turns.question)
 
 
+# By its name in config.text.template.
 TEMPLATES: Mapping[str, type[ChatMLTemplate] | type[VicunaTemplate] | type[PlainTemplate]] = {
     "chatml": ChatMLTemplate,
     "vicuna": VicunaTemplate,
     "plain": PlainTemplate,
 }
-
-
-def make_template(name: str, **fields: Any) -> Template:
-    """The template called `name` in config.text.template, with its attributes.
-
-    Raises:
-        UserError: there is no such template, or it has no such attribute.
-    """
-    if name not in TEMPLATES:
-        raise UserError(f"text.template is {name!r}; known templates: {', '.join(sorted(TEMPLATES))}")
-    known = [field.name for field in dataclasses.fields(TEMPLATES[name])]
-    if unknown := sorted(set(fields) - set(known)):
-        raise UserError(f"text.template {name!r} has no {', '.join(unknown)}; it has {', '.join(known)}")
-    return TEMPLATES[name](**fields)

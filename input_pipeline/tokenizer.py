@@ -49,22 +49,26 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> PreTrainedTokenizerFast
 def find_media_token_id(tokenizer: PreTrainedTokenizerFast, vocab_rows: int) -> int:
     """The id that stands for media: `<|media|>` if the tokenizer has it, else the first id no token uses.
 
+    Only its place in a prompt matters: the model never looks it up, so it may lie behind the table's last row, as
+    with Vicuna v1.5, whose 32000 tokens have as many rows.
+
     Args:
         tokenizer: of the language model.
         vocab_rows: rows of the embedding table; Qwen2-7B has 152064 rows for 151646 tokens.
 
     Raises:
-        UserError: neither exists.
+        UserError: the tokenizer has tokens without a row.
     """
     vocabulary = tokenizer.get_vocab()
     if MEDIA_TOKEN in vocabulary:
         return vocabulary[MEDIA_TOKEN]
-    unused = max(vocabulary.values()) + 1
-    if unused >= vocab_rows:
+    last = max(vocabulary.values())
+    if last >= vocab_rows:
         raise UserError(
-            f"the tokenizer uses all {vocab_rows} ids of the model; add the token {MEDIA_TOKEN!r} to it"
+            f"the tokenizer's largest id is {last}, but the model's embedding table has {vocab_rows} rows "
+            "(model.llm.vocab_size); text.tokenizer is another model's"
         )
-    return unused
+    return last + 1
 
 
 # Where a text stands: apart from other text (at the beginning, behind media), behind a control token, or inside a

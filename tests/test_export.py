@@ -142,6 +142,16 @@ def test_what_pytorch_needs_is_there(demo, adapted, merged):
     assert not (merged / "adapter").exists()
 
 
+def test_only_chatml_can_be_exported(tiny, tmp_path):
+    """The exported file lays out prompts itself, and knows no other template."""
+    config = apply_overrides(tiny.config, ["text.template=plain"])
+    with pytest.raises(
+        ExportError, match="text.template is 'plain'; modeling_savenvideo.py .* 'chatml' only"
+    ):
+        export_model(config, learnt_of(tiny), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_template_s_own_system_text_is_spelt_out(tiny, tmp_path):
     config = apply_overrides(tiny.config, []).unlock()
     config.text.system = None

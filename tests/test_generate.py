@@ -12,7 +12,9 @@ import pytest
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.generate import GenerationError, Generator, checkpoint_config, find_stop_ids, load_model
 from avlm_jax.state import flatten, unflatten
+from input_pipeline.conversation import PlainTemplate, VicunaTemplate
 from input_pipeline.errors import UserError
+from tests.input_pipeline.llama_tokenizer import make_llama_tokenizer
 from tests.tiny_system import make_media, padded, publish, random_params, save_tokenizer, tiny_config
 
 NEW_TOKENS = 8
@@ -152,8 +154,20 @@ def test_not_finite_logits_are_an_error(
 
 
 def test_stop_tokens(assembly: Assembly) -> None:
-    names = assembly.tokenizer.convert_ids_to_tokens(find_stop_ids(assembly.tokenizer))
-    assert names == ["<|im_end|>", "<|endoftext|>"]
+    def names(tokenizer, template) -> list[str]:
+        return tokenizer.convert_ids_to_tokens(find_stop_ids(tokenizer, template))
+
+    qwen, llama = assembly.tokenizer, make_llama_tokenizer("prepend")
+    assert names(qwen, assembly.template) == ["<|im_end|>", "<|endoftext|>"]
+    assert names(qwen, PlainTemplate()) == [
+        "\u010a",
+        "<|endoftext|>",
+        "<|im_end|>",
+    ]  # A newline's byte token.
+    assert names(llama, VicunaTemplate()) == ["</s>"]
+    assert names(llama, PlainTemplate()) == ["<0x0A>", "</s>"]
+    with pytest.raises(UserError, match="no control token '</s>', which text.template needs"):
+        find_stop_ids(qwen, VicunaTemplate())
     with pytest.raises(UserError, match="at least 1"):
         Generator(assembly, {}, 0)
 

@@ -168,7 +168,7 @@ class Decoder(nn.Module):
             )
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
-        """Rows of the embedding table, in the compute dtype."""
+        """Rows of the embedding table, in the compute dtype; NaN for an id without a row, so that it is noticed."""
         return jnp.take(self.embedding["embedding"], tokens, axis=0).astype(self.config.dtype)
 
     def head_kernel(self) -> Float[Array, "d v"]:

@@ -51,7 +51,8 @@ class System(nn.Module):
     `encode_audio`, and takes batches with frame_features in place of frames, audio_features in place of audio.
 
     Attributes:
-        media_token_id: the reserved id that stands once per media token in `batch["tokens"]`.
+        media_token_id: the reserved id that stands once per media token in `batch["tokens"]`; it needs no row in the
+            language model's table.
     """
 
     media_token_id: int
@@ -84,9 +85,9 @@ class System(nn.Module):
         """Input embeddings with the media in place, and segment ids in which masked media are padding."""
         llm: Decoder = self.llm
         media = self.media_tokens(batch)
-        return splice(
-            llm.embed(batch["tokens"]), batch["tokens"], batch["segment_ids"], media, self.media_token_id
-        )
+        # The placeholder's row, which splice would overwrite, may not exist.
+        text = jnp.where(batch["tokens"] == self.media_token_id, 0, batch["tokens"])
+        return splice(llm.embed(text), batch["tokens"], batch["segment_ids"], media, self.media_token_id)
 
     def loss_sums(self, batch: dict[str, Array], chunk: int) -> tuple[Array, Array, Array]:
         """(summed loss, number of targets, number predicted right) over `batch["loss_mask"]`, fp32 scalars."""

@@ -428,7 +428,7 @@ class SaveNVideo(Module):
             raise ValueError(f"the rows have {counts} media tokens, wanted: {media.shape[1]} or none")
         index, row = (here.cumsum(1) - 1).clamp(min=0), torch.arange(len(here), device=here.device)[:, None]
         media, hidden = media.masked_fill(~valid[..., None], 0.0)[row, index], here & ~valid[row, index]
-        text = self.llm.get_input_embeddings()(batch["tokens"])
+        text = self.llm.get_input_embeddings()(batch["tokens"].masked_fill(here, 0))  # Media need no row.
         return torch.where(here[..., None], media.to(text.dtype), text), batch["segment_ids"] * ~hidden
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from avlm_jax.weights.json_file import read_json_object
 from input_pipeline.conversation import (
-    ChatMLTemplate,
+    TEMPLATES,
     Control,
     Piece,
     Round,
     Text,
     encode_prompt,
-    find_media_token_id,
     load_tokenizer,
 )
 from input_pipeline.errors import UserError
@@ -31,6 +30,8 @@ TOKENIZER_FILES = (
     TOKENIZER, "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model",
 )  # fmt: skip
+
+CHAT_TEMPLATES = ("chatml", "vicuna")  # Those of text.template that hold a chat.
 
 # Tables are padded to round sizes: Qwen2 has 290 (0.5B, 1.5B: 151936 rows) or 418 (7B: 152064 rows) rows more than
 # tokens, LLaMA none. From here on the tokenizer is taken for another model's.
@@ -61,7 +62,7 @@ def check_tokenizer(folder: str | Path, hf_config: Mapping[str, Any]) -> list[st
     Raises:
         TokenizerError: tokenizer.json is missing or broken; it has ids beyond the embedding table, or so few
             that it must be another model's; a control id of the model is no control token in it; a Qwen2
-            tokenizer lacks the tokens of ChatML.
+            tokenizer lacks the tokens of ChatML. A LLaMA's may lack them: it is compared with Vicuna's template.
         JsonFileError: tokenizer_config.json, added_tokens.json or generation_config.json holds no JSON object.
     """
     folder = Path(folder)
@@ -76,22 +77,21 @@ def check_tokenizer(folder: str | Path, hf_config: Mapping[str, Any]) -> list[st
     vocabulary = tokenizer.get_vocab()
     _check_rows(folder, vocabulary, hf_config["vocab_size"])
     warnings = _check_control_ids(folder, tokenizer, vocabulary, hf_config)
-    missing = [name for name in _control_tokens() if name not in tokenizer.get_added_vocab()]
+    lacking = {name: _lacking(name, tokenizer) for name in CHAT_TEMPLATES}
+    missing = lacking["chatml"]
     if missing and hf_config["model_type"] == "qwen2":
         raise TokenizerError(
             f"{folder / TOKENIZER}: has no control token {', '.join(missing)}, which every Qwen2 tokenizer has; fetch "
             "the file from the model's repository"
         )
+    fitting = next((name for name in CHAT_TEMPLATES if not lacking[name]), None)
     if missing:
+        remedy = f", {fitting!r} does: --config.text.template={fitting}" if fitting else ""
         warnings.append(
-            f"{folder}: the tokenizer has no {', '.join(missing)}; text.template 'chatml' does not fit this model"
+            f"{folder}: the tokenizer has no {', '.join(missing)}; text.template 'chatml' does not fit this model{remedy}"
         )
-    else:
-        warnings += _compare_templates(folder, tokenizer)
-    try:
-        find_media_token_id(tokenizer, hf_config["vocab_size"])
-    except UserError as error:
-        warnings.append(f"{folder}: {error}")
+    if fitting:
+        warnings += _compare_templates(folder, tokenizer, fitting)
     return warnings
 
 
@@ -186,38 +186,43 @@ def _check_control_ids(
     return warnings
 
 
-def _control_tokens() -> list[str]:
-    """Control tokens that ChatML needs."""
-    template = ChatMLTemplate()
+def _lacking(name: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Control tokens that a template needs and the tokenizer does not have."""
+    template = TEMPLATES[name]()
     pieces = [*template.opening(None), *template.round(Round((Text("x"),), "y"))]
-    return list(dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Control)))
+    needed = dict.fromkeys(piece.name for piece in pieces if isinstance(piece, Control))
+    return [token for token in needed if token not in tokenizer.get_added_vocab()]
 
 
-def _our_text(system: str | None, turns: tuple[Mapping[str, str], ...]) -> str:
-    template = ChatMLTemplate()
+def _our_text(name: str, system: str | None, turns: tuple[Mapping[str, str], ...]) -> str:
+    """A chat with an open end as the template lays it out, without what the tokenizer puts ahead of a text."""
+    template = TEMPLATES[name]()
     pieces: list[Piece] = template.opening(system)
     for question, answer in zip(turns[::2], [*turns[1::2], None], strict=True):
         pieces += template.round(Round((Text(question["content"]),), answer and answer["content"]))
-    return "".join(piece.name if isinstance(piece, Control) else piece.value for piece in pieces)
+    texts = (piece.name if isinstance(piece, Control) else getattr(piece, "value", "") for piece in pieces)
+    return "".join(texts)
 
 
-def _compare_templates(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[str]:
-    """Renders a conversation with the tokenizer's own chat template and with this project's ChatML."""
+def _compare_templates(folder: Path, tokenizer: PreTrainedTokenizerFast, name: str) -> Iterator[str]:
+    """Renders a conversation with the tokenizer's own chat template and with the one called `name`."""
     if not tokenizer.chat_template:
         return
+    begin = tokenizer.bos_token or ""
 
     def render(conversation: tuple[Mapping[str, str], ...]) -> str:
-        return tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        return text.removeprefix(begin)  # Some templates write it out, others leave it to the tokenizer.
 
     try:
         theirs, bare = render(_PROBE), render(_PROBE[1:2])
     except Exception as error:  # A template may raise what it likes.
-        yield f"{folder}: its chat template cannot be rendered ({error}); text.template 'chatml' is used untested"
+        yield f"{folder}: its chat template cannot be rendered ({error}); text.template {name!r} is used untested"
         return
     system, *turns = _PROBE
-    ours = _our_text(system["content"], tuple(turns))
+    ours = _our_text(name, system["content"], tuple(turns))
     if theirs != ours:
-        yield f"{folder}: its chat template differs from text.template 'chatml' {_difference(theirs, ours)}"
+        yield f"{folder}: its chat template differs from text.template {name!r} {_difference(theirs, ours)}"
         return
     their_ids = tokenizer(theirs, add_special_tokens=False)["input_ids"]
     roles = {"system": "system", "user": "human", "assistant": "gpt"}
@@ -226,19 +231,24 @@ def _compare_templates(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Iter
         [{"from": roles[turn["role"]], "value": turn["content"]} for turn in _PROBE],
         num_media_tokens=0,
         media_token_id=-1,
-        max_length=len(theirs.encode()),
+        max_length=len(theirs.encode()) + 1,
+        template=TEMPLATES[name](),
     ).tokens.tolist()
+    if our_ids[:1] == [tokenizer.bos_token_id]:
+        del our_ids[0]
     if their_ids != our_ids:
         tokens = (tokenizer.convert_ids_to_tokens(ids) for ids in (their_ids, our_ids))
         yield (
-            f"{folder}: its chat template gives the same text as text.template 'chatml' but other tokens "
+            f"{folder}: its chat template gives the same text as text.template {name!r} but other tokens "
             f"{_difference(*tokens)}"
         )
-    if bare == _our_text("", _PROBE[1:2]):
+    if bare == (without := _our_text(name, "", _PROBE[1:2])):
         yield f"{folder}: its chat template has no system text of its own; text.system '' does the same"
-    elif bare != _our_text(None, _PROBE[1:2]):
-        wanted = bare.partition("<|im_start|>system\n")[2].partition("<|im_end|>")[0]
-        yield f"{folder}: the system text of its chat template is {wanted!r}; text.system has {ChatMLTemplate.system!r}"
+    elif bare != (with_own := _our_text(name, None, _PROBE[1:2])):
+        own = TEMPLATES[name]().system
+        before, after = with_own.removesuffix(without).split(own)
+        wanted = bare.removesuffix(without).removeprefix(before).removesuffix(after)
+        yield f"{folder}: the system text of its chat template is {wanted!r}; text.system has {own!r}"
 
 
 def _difference(theirs: Any, ours: Any) -> str:

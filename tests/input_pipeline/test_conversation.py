@@ -269,5 +269,6 @@ def test_media_token_id(tokenizer):
             return {"a": 0, "<|im_end|>": 7}
 
     assert find_media_token_id(Qwen(), 16) == 8  # rows that no token uses, as Qwen2's above 151645
-    with pytest.raises(UserError, match="uses all 8 ids"):
-        find_media_token_id(Qwen(), 8)
+    assert find_media_token_id(Qwen(), 8) == 8  # Behind the last row, as Vicuna's 32000.
+    with pytest.raises(UserError, match="largest id is 7, but the model's embedding table has 7 rows"):
+        find_media_token_id(Qwen(), 7)

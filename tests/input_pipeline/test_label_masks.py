@@ -17,7 +17,6 @@ from input_pipeline.conversation import (
     encode_prompt,
     end_of_turn_id,
     find_media_token_id,
-    make_template,
 )
 from input_pipeline.errors import UserError
 from input_pipeline.transforms.sample import SampleBuilder
@@ -176,7 +175,7 @@ def test_plain_refuses_what_it_would_lose(tokenizer, conversation, options, mess
 
 
 def test_plain_drops_instructions_when_told_and_counts_them(tokenizer):
-    template = make_template("plain", drop_question=True)
+    template = PlainTemplate(drop_question=True)
     encoded = encode(tokenizer, template, LCS)
     assert picture(tokenizer, encoded) == "<MEDIA>[a bell\n]" and encoded.dropped_questions == 1
     assert encode(tokenizer, template, LCS, encode_prompt).dropped_questions == 1
@@ -276,16 +275,6 @@ def test_templates_name_what_a_tokenizer_lacks(tokenizer):
         end_of_turn_id(tokenizer, VICUNA)
     assert end_of_turn_id(llama, VICUNA) == llama.eos_token_id == 2
     assert end_of_turn_id(tokenizer, CHATML) == tokenizer.eos_token_id
-
-
-def test_make_template():
-    assert make_template("chatml", system="Look.") == ChatMLTemplate(system="Look.")
-    assert make_template("vicuna", system="Look.") == VicunaTemplate(system="Look.")
-    assert make_template("plain") == PlainTemplate(drop_question=False)
-    with pytest.raises(UserError, match="'chatlm'; known templates: chatml, plain, vicuna"):
-        make_template("chatlm")
-    with pytest.raises(UserError, match="'plain' has no system; it has drop_question"):
-        make_template("plain", system="Look.")
 
 
 def test_padding(spec, tokenizer):

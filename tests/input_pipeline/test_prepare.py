@@ -79,19 +79,24 @@ def test_manifest_with_bad_lines(tmp_path, clips):
         "later question": line(conversations=[{**human, "value": "What?"}, gpt, human, gpt]),
         "is empty": line(conversations=[human, {**gpt, "value": "  "}]),
         "alternate": line(conversations=[gpt, human]),
+        "question is empty": line(conversations=[{**human, "value": "<video>"}, gpt, human, gpt]),
         "no turn": line(conversations=[]),
         "no record can store": line(note=2**70),
     }
+    # The third has no question: a caption that the template 'plain' can use.
+    caption = [{**human, "value": "<video>"}, gpt]
     good = [line(id="first", task="qa"), line(id="second", source="own", letter="B")]
+    good += [line(id="third", conversations=caption)]
     manifest = clips / "m.jsonl"
-    manifest.write_text("\n".join(["", good[0], *bad.values(), "", good[1]]))
+    manifest.write_text("\n".join(["", good[0], *bad.values(), "", *good[1:]]))
     listing = read_manifest(manifest)
-    assert listing.count == len(bad) + 2
+    assert listing.count == len(bad) + 3
     for number, (reason, rejection) in enumerate(zip(bad, listing.rejections, strict=True), start=3):
         assert reason in rejection.reason and f"line {number}" in rejection.reason, rejection
         assert rejection.stage == "manifest"
     assert listing.rejections[-1].path == str(clips / "plain.mp4") and listing.rejections[-1].id == "x"
-    first, second = listing.lines
+    first, second, third = listing.lines
+    assert third.sample()["conversations"] == caption
     assert first.path == str(clips / "plain.mp4") and first.name == "plain.mp4" and first.kind == "video"
     assert (first.task, first.source, second.source) == ("qa", "m", "own")
     assert second.sample() == {

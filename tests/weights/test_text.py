@@ -10,6 +10,7 @@ import pytest
 from avlm_jax.weights.json_file import JsonFileError
 from avlm_jax.weights.qwen2 import read_config
 from avlm_jax.weights.text import TokenizerError, check_tokenizer
+from tests.input_pipeline.llama_tokenizer import VICUNA, make_llama_tokenizer
 from tests.released_folders import CHAT_TEMPLATE, QWEN2, edit_json, write_json
 from tests.tiny_system import save_tokenizer
 
@@ -129,16 +130,15 @@ def test_chatml_tokens(folder):
     assert "no <|im_start|>; text.template 'chatml' does not fit" in warning
 
 
-def test_no_id_is_left_for_media(folder):
+def test_media_need_no_row(folder):
     def drop(content):
         content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|media|>"]
 
     edit_tokens(folder, drop)
     edit_json(folder / "tokenizer_config.json", extra_special_tokens=["<|im_start|>"])
-    assert check(folder) == []
-    edit_json(folder / "config.json", vocab_size=259)
-    (warning,) = check(folder)
-    assert "add the token '<|media|>'" in warning
+    for rows in (300, 259):  # With and without a row that no token uses.
+        edit_json(folder / "config.json", vocab_size=rows)
+        assert check(folder) == []
 
 
 @pytest.mark.parametrize(
@@ -179,3 +179,33 @@ def test_the_same_text_but_other_ids_are_told(folder):
 def test_without_a_chat_template_nothing_is_compared(folder):
     (folder / "chat_template.jinja").unlink()
     assert check(folder) == []
+
+
+@pytest.fixture
+def vicuna(tmp_path: Path) -> Path:
+    tokenizer = make_llama_tokenizer("metaspace")
+    tokenizer.save_pretrained(tmp_path)
+    llama = {"model_type": "llama", "vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 0}
+    write_json(tmp_path / "config.json", {**QWEN2, **llama})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": 2, "bos_token_id": 1})
+    return tmp_path
+
+
+def test_a_vicuna_is_compared_with_its_own_template(vicuna):
+    """Every row is used, the chat template is FastChat's: only that the default template does not fit is told."""
+    told = "no <|im_start|>, <|im_end|>; text.template 'chatml' does not fit this model, 'vicuna' does"
+    (warning,) = check(vicuna)
+    assert told in warning and warning.endswith("--config.text.template=vicuna")
+    for template, message in (
+        ("{{ bos_token }}" + VICUNA, None),  # As most LLaMAs spell it.
+        (
+            VICUNA.replace("helpful, ", ""),
+            'The assistant gives detailed, and polite answers to the user\'s questions."; text.system has "A chat ',
+        ),
+        (VICUNA.replace("</s>", "</s> "), "differs from text.template 'vicuna'"),
+        (CHAT_TEMPLATE, "differs from text.template 'vicuna'"),
+    ):
+        (vicuna / "chat_template.jinja").write_text(template)
+        first, *others = check(vicuna)
+        assert told in first and len(others) == (message is not None)
+        assert all(message in warning for warning in others), others

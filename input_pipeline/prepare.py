@@ -10,15 +10,11 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import difflib
-import functools
-import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from input_pipeline.decoding import worker_command
@@ -32,6 +28,7 @@ from input_pipeline.manifest import (
     read_manifest,
 )
 from input_pipeline.media import Limits
+from input_pipeline.media_config import SPEC_FIELDS, media_spec_from_config
 from input_pipeline.paths import AnyPath, is_remote, to_path
 from input_pipeline.plan import Plan, make_plan
 from input_pipeline.records import (
@@ -55,7 +52,7 @@ what to prepare (one of):
   avlm prepare --manifest data/train.jsonl --out records/train --config configs/savenvideo.py:size=demo
       a manifest of JSON lines: {"id": "1", "video": "a.mp4", "conversations":
       [{"from": "human", "value": "<video>\\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]}
-  avlm prepare --dataset longvale --annotations longvale.json --media-root videos --out records/longvale
+  avlm prepare --dataset audiocaps --annotations train.csv --media-root audiocaps/wav --out records/audiocaps
       a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at
 
 after a kill, a crash or Ctrl-C:
@@ -289,57 +286,14 @@ def _default_workers() -> int:
 # ---------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _spec_fields() -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(MediaSpec))
-
-
-def media_spec_from_config(name: str, overrides: Sequence[str] = ()) -> MediaSpec:
-    """The MediaSpec in `config.media` of a configuration file, `path.py[:arguments]`.
-
-    Args:
-        name: of the configuration.
-        overrides: strings `--config.media.key=value`; nothing else of a configuration is used here.
-
-    Raises:
-        UserError: no such file, it has no `get_config` or no `media`, or media has an unknown or unusable
-            field; an override of anything else.
-    """
-    path, separator, arguments = name.partition(".py:")
-    path = path + ".py" if separator else name
-    if not Path(path).is_file():
-        raise UserError(f"--config {name}: there is no file {path}")
-    module_spec = importlib.util.spec_from_file_location("avlm_prepare_config", path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"--config {name}: {path} is no Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config {name}: {path} defines no get_config(arg)")
-    config = module.get_config(arguments)
-    if "media" not in config:
-        raise UserError(f"--config {name}: the configuration has no section media")
-    fields = dict(config["media"])
-    for override in overrides:
-        key, _, value = override.removeprefix("--config.").partition("=")
-        if not key.startswith("media."):
-            raise UserError(f"{override}: `avlm prepare` reads the section media only; leave it out")
-        fields[key.removeprefix("media.")] = int(value) if value.isdecimal() else value
-    for key in fields:
-        if key not in _spec_fields():
-            near = difflib.get_close_matches(key, _spec_fields(), 1, 0.0)
-            raise UserError(f"--config {name}: media.{key} is unknown; did you mean media.{near[0]}?")
-    try:
-        return MediaSpec(**fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--config {name}: {error}") from None
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `avlm prepare`."""
     limits = Limits()
     parser.add_argument(
-        "files", nargs="*", metavar="FILE", help="media files to prepare; behind --, options of Beam"
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="media files to prepare; options of Beam may follow, behind -- (FILEs stand right before it)",
     )
     parser.add_argument(
         "--manifest", metavar="JSONL", help="manifest of JSON lines: media with conversations"
@@ -466,7 +420,7 @@ def _media_spec(args: argparse.Namespace) -> MediaSpec:
     if changed and not args.config:
         raise UserError(f"{changed[0]}: name the configuration it changes with --config")
     spec = media_spec_from_config(args.config, changed) if args.config else MediaSpec()
-    overrides = {name: getattr(args, name, None) for name in _spec_fields()}
+    overrides = {name: getattr(args, name, None) for name in SPEC_FIELDS}
     try:
         return dataclasses.replace(
             spec, **{name: value for name, value in overrides.items() if value is not None}

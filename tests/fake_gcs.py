@@ -23,6 +23,7 @@ class FakeGcs(DirFileSystem):
         super().__init__(path=os.environ[ROOT], fs=LocalFileSystem(auto_mkdir=True), skip_instance_cache=True)
 
     def _join(self, path):
+        self.path = os.environ[ROOT]  # epath keeps one instance for good, tests have a root each
         if isinstance(path, str | os.PathLike):
             path = os.fspath(path).removeprefix("gs://")
         return super()._join(path)

@@ -28,7 +28,8 @@ from input_pipeline.manifest import (
     read_manifest,
 )
 from input_pipeline.media import Limits
-from input_pipeline.prepare import media_spec_from_config, prepare
+from input_pipeline.media_config import media_spec_from_config
+from input_pipeline.prepare import prepare
 from input_pipeline.records import RecordReader, unpack_record
 from input_pipeline.spec import MediaSpec
 from input_pipeline.transforms.media import decode_record

@@ -321,7 +321,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modalities",
         default="video,audio",
         choices=("video,audio", "video", "audio"),
-        help="what becomes features; the rest stays pictures or sound (default: %(default)s)",
+        metavar="A[,B]",
+        help="video, audio or both: what becomes features; the rest stays as it is (default: %(default)s)",
     )
     parser.add_argument(
         "--batch-size",

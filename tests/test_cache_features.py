@@ -28,7 +28,7 @@ from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig
 from input_pipeline.records import RecordReader, encode_record, unpack_record
-from input_pipeline.spec import FeatureShapes
+from input_pipeline.spec import FEATURE_DTYPE, FeatureShapes
 from input_pipeline.transforms.media import decode_record
 from tests.record_folder import write_folder
 from tests.tiny_system import CONFIG, SIZES, make_media, random_params, save_tokenizer, tiny_config
@@ -264,6 +264,12 @@ def run(assembly: Assembly) -> Run:
     return both
 
 
+@pytest.fixture(scope="module")
+def encoded(assembly: Assembly) -> Callable[[Tree, dict], tuple]:
+    """(parameters, batch) -> what the connector is given of frames and windows."""
+    return jax.jit(lambda params, batch: assembly.system.apply({"params": params}, batch, method="encoded"))
+
+
 def distance(one: Tree, other: Tree) -> float:
     """|one - other| / |one| of whole trees."""
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
@@ -278,6 +284,7 @@ def test_features_give_the_loss_and_gradients_of_pixels_and_waveforms(
     assembly: Assembly,
     params: Tree,
     run: Run,
+    encoded: Callable[[Tree, dict], tuple],
     cached: str,
     shown: tuple[str, ...],
 ) -> None:
@@ -293,8 +300,15 @@ def test_features_give_the_loss_and_gradients_of_pixels_and_waveforms(
     kept = {name: leaf for name, leaf in params.items() if name not in {parts[c] for c in cached.split(",")}}
     loss_f, gradients_f = run(kept, batches[1])
     assert jax.tree.structure(gradients) == jax.tree.structure(gradients_f)
-    assert abs(loss_f - loss) <= 2**-9 * loss
-    assert distance(gradients, gradients_f) < ULP
+    assert abs(loss_f - loss) <= ULP / 2 * loss
+    # Rounding is all that lies between the two: with the encoders' output rounded here, they agree but for the few values
+    # that steps of another size have put on the other side of a border. How much it moves gradients is a matter of the
+    # network (5 % with sound alone in this random one, whose tokens are alike and round the same way).
+    frames, windows = encoded(params, batches[0])
+    here = {"frame_features": frames, "audio_features": windows}
+    rounded = {key: np.asarray(here[key]).astype(FEATURE_DTYPE) for key in here if key in batches[1]}
+    loss_r, gradients_r = run(kept, batches[1] | rounded)
+    assert abs(loss_f - loss_r) <= 1e-6 * loss and distance(gradients_r, gradients_f) < 1e-3
     # What stands in is read: without it the loss is another one, and so are the gradients. What is not shown is not.
     blank = {key: np.zeros_like(batches[1][key]) for key in batches[1] if key.endswith("_features")}
     loss_0, gradients_0 = run(kept, batches[1] | blank)
@@ -305,11 +319,15 @@ def test_features_give_the_loss_and_gradients_of_pixels_and_waveforms(
 
 
 def test_only_the_rounding_of_features_is_between_the_two(
-    folders: dict[str, str], assembly: Assembly, params: Tree, run: Run
+    folders: dict[str, str],
+    assembly: Assembly,
+    params: Tree,
+    run: Run,
+    encoded: Callable[[Tree, dict], tuple],
 ) -> None:
     """Unrounded features give the loss to fp32: what the model does with them is the same."""
     batch = batch_of(assembly, folders["video,audio"])
-    frames, windows = assembly.system.apply({"params": params}, batch, method="encoded")
+    frames, windows = encoded(params, batch)
     exact = {key: value for key, value in batch.items() if key not in ("frames", "audio")}
     exact |= {"frame_features": frames, "audio_features": windows}
     (loss, gradients), (loss_f, gradients_f) = run(params, batch), run(params, exact)

@@ -4,8 +4,9 @@ A folder of records holds
 
     shard-00000-of-00002.array_record   the records, group_size:1 for random access
     manifest.json                       schema version, MediaSpec, counts, sha256 of every shard
-    samples.jsonl                       one line per conversation: its record, number, id, task, source
+    samples.jsonl                       one line per conversation: its record, number, id, task, source, text
     rejected.jsonl                      one line per manifest line that failed: path, id, reason, stage
+    lengths/                            token lengths of the samples, kept by training (see lengths.py)
 
 It is written beside its final place and renamed when complete: a folder that has its name is whole.
 """
@@ -41,6 +42,7 @@ JPEG_SUBSAMPLING = 0  # 4:4:4. Pictures are already small here; halving their co
 PCM_SCALE = 32768.0  # int16 full scale; a 16 kHz 16-bit source passes through unchanged.
 SHARD_BYTES = 512 * 2**20  # Large enough for few files, small enough to move and to verify one by one.
 MANIFEST, SAMPLES, REJECTED = "manifest.json", "samples.jsonl", "rejected.jsonl"
+LENGTHS = "lengths"  # What training computes once and keeps; not part of the records.
 # max_intervals is not baked into a record: times are parsed from the question when it is loaded.
 BAKED_FIELDS = ("num_frames", "image_size", "sampler", "window_frames", "max_windows")
 
@@ -241,6 +243,7 @@ class RecordWriter:
                 "source": sample.get("source", record["source"]),
                 "has_video": record["has_video"],
                 "has_audio": record["has_audio"],
+                "conversations": sample.get("conversations", []),
             }
             self._sample_file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._samples += 1
@@ -411,7 +414,7 @@ def check_spec(made: MediaSpec, wanted: MediaSpec, directory: str | os.PathLike[
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MANIFEST, SAMPLES, REJECTED) or (
+    return name in (MANIFEST, SAMPLES, REJECTED, LENGTHS) or (
         name.startswith("shard-") and name.endswith(".array_record")
     )
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from input_pipeline.conversation import DoesNotFit, find_media_token_id
+from input_pipeline.conversation import find_media_token_id
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader, iter_eval, num_eval_batches
 from input_pipeline.mixture import SourceConfig, open_mixture
@@ -97,7 +97,7 @@ def test_order_does_not_depend_on_threads(sources, builder):
 def test_epochs_visit_each_sample_once(sources, builder):
     two = [dataclasses.replace(source, weight=1.0) for source in sources]
     with Loader(two, builder, batch_size=4, seed=1) as loader:
-        assert loader.batches_per_epoch == 5
+        assert loader.batches_in(1) == 5
         for epoch in range(3):
             ids = [name for n in range(5 * epoch, 5 * epoch + 5) for name in loader.sample_ids(n)]
             assert len(ids) == 20 == len(set(ids))
@@ -230,16 +230,24 @@ def test_text_alone_shows_no_media(sources, builder):
     assert (batch["tokens"] == builder.media_token_id).sum() == 4 * 5
 
 
-def test_what_does_not_fit_is_refused_by_name_with_its_plan(sources, builder):
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_read(sources, builder):
     small = dataclasses.replace(builder, max_length=20)
-    for threads in (0, 2):
-        with Loader(sources, small, batch_size=4, seed=7, threads=threads) as loader:
-            with pytest.raises(DoesNotFit) as caught:
-                next(loader)
-            assert caught.value.sample_id in loader.sample_ids(0)
-            plan = caught.value.plan
-            assert (plan.time_tokens, plan.media_tokens, plan.limit) == (2, 5, 20)
-            assert (plan.frames, plan.audio_windows) in {(2, 1), (0, 1), (2, 0)}
+    with pytest.raises(UserError) as caught:
+        Loader(sources, small, batch_size=4, seed=7)
+    needed = len(builder.encode(RecordReader(sources[0].records).samples[0]).tokens)
+    for part in (
+        "20 samples do not fit 20 tokens",
+        "10 of 10 of source '0'",
+        f"'a-0-0' needs {needed} = 5 media + {needed - 5} text",
+        "and 2 more",
+        "max_length",
+        'oversize="leave_out"',
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="source '0': none of its 10 samples fits 20 tokens"):
+        Loader(sources, small, batch_size=4, oversize="leave_out")
+    with pytest.raises(UserError, match="oversize is 'drop'"):
+        Loader(sources, small, batch_size=4, oversize="drop")
 
 
 def test_dropped_rounds_are_counted_and_their_times_forgotten(sources, builder):

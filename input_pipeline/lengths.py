@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from input_pipeline.conversation import ControlTokenError, ConversationError, DoesNotFit
+from input_pipeline.conversation import DoesNotFit
 from input_pipeline.errors import UserError
 from input_pipeline.mixture import Mixture, SourceIndex
 from input_pipeline.progress import track
@@ -64,7 +64,7 @@ def find_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
     Where the folder cannot be written they are computed at every start, which is said.
 
     Raises:
-        UserError: conversations that are malformed, with their number and the first ones' ids.
+        UserError: conversations that cannot be used, with their number and the first ones' ids.
     """
     path = Path(source.config.records) / LENGTHS / f"{_fingerprint(source, builder)}.npy"
     if (kept := _read(path, len(source))) is not None:
@@ -73,13 +73,12 @@ def find_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
     try:
         _write(path, np.stack([found.tokens, found.dropped_rounds]))
     except OSError as error:
-        if len(source) >= SHOWN_FROM:
-            print(
-                f"{source.config.records}: token lengths cannot be kept there ({error.strerror}) and are "
-                "computed at every start",
-                file=sys.stderr,
-                flush=True,
-            )
+        print(
+            f"{source.config.records}: token lengths cannot be kept there ({error.strerror}) and are computed at "
+            "every start",
+            file=sys.stderr,
+            flush=True,
+        )
     return found
 
 
@@ -87,7 +86,7 @@ def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
     """See `find_lengths`; reads samples.jsonl and writes nothing."""
     tokens = np.zeros(len(source), np.int32)
     dropped = np.zeros(len(source), np.int32)
-    malformed: list[str] = []
+    refused: list[str] = []
     count = 0
     lines = source.lines()
     if len(source) >= SHOWN_FROM:
@@ -101,18 +100,19 @@ def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
             )
         try:
             text = builder.encode(line)
+            builder.intervals(line, duration=0.0, rounds=text.rounds)
+            tokens[number], dropped[number] = len(text.tokens), text.dropped_rounds
         except DoesNotFit as error:
             tokens[number] = -error.plan.total
-        except (ConversationError, ControlTokenError) as error:
-            malformed += [str(error)] * (len(malformed) < NAMED)
+        except (
+            UserError
+        ) as error:  # Malformed, a control token in its text, more times than there is room for.
+            refused += [str(error)] * (len(refused) < NAMED)
             count += 1
-        else:
-            tokens[number], dropped[number] = len(text.tokens), text.dropped_rounds
     if count:
         raise UserError(
-            f"{source.config.records}: {count} of {len(source)} samples have malformed conversations: "
-            f"{'; '.join(malformed)}{' ...' if count > len(malformed) else ''}. Correct them in the manifest "
-            "and prepare again"
+            f"{source.config.records}: {count} of {len(source)} samples cannot be used: {'; '.join(refused)}"
+            f"{' ...' if count > len(refused) else ''}. Correct them in the manifest and prepare again"
         )
     return Lengths(tokens, dropped)
 
@@ -124,7 +124,7 @@ def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
         hashlib.sha256(source.offsets.tobytes()).hexdigest(),
         hashlib.sha256(builder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         [repr(builder.template), builder.system, builder.prompt],
-        [builder.num_media_tokens, builder.max_length],
+        [builder.num_media_tokens, builder.max_length, builder.spec.max_intervals],
         [probe.tokens.tolist(), probe.loss_mask.tolist()],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -283,15 +283,19 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        return self.next_rows().batch
+
+    def next_rows(self) -> Rows:
+        """As `next`, with the fields of the samples that were read."""
         if self._closed:
             raise ValueError("the loader is closed")
         if self._iterator is None:
             self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
-        batch = next(self._iterator).batch
+        rows = next(self._iterator)
         length = self.plan.row(self._next_batch, 0).length
-        check_batch(batch, self._spec, self.local_batch_size, length, self.plan.clips_per_row)
+        check_batch(rows.batch, self._spec, self.local_batch_size, length, self.plan.clips_per_row)
         self._next_batch += 1
-        return batch
+        return rows
 
     def seek(self, batch: int) -> None:
         """The next batch given out is number `batch`."""

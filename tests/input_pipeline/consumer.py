@@ -10,6 +10,7 @@ and, process 0, save the state every SAVE_EVERY steps. Killed lives end by SIGKI
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -74,6 +75,7 @@ def main(path: str) -> None:
         for process in range(life["processes"]):
             # A loader made here would be the same; in the child it is made as a new start makes it.
             if (child := os.fork()) == 0:
+                os.setpgrp()
                 try:
                     live(folder, make_loader(plan, builder, life, process), process, life, state)
                 except BaseException as error:
@@ -83,6 +85,10 @@ def main(path: str) -> None:
             children.append(child)
         for child in children:
             status = os.waitpid(child, 0)[1]
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(
+                    child, signal.SIGKILL
+                )  # Worker processes outlive a killed parent, as they do on a host.
             expected = -signal.SIGKILL if life["killed"] else 0
             if os.waitstatus_to_exitcode(status) != expected:
                 sys.exit(f"process ended with {os.waitstatus_to_exitcode(status)}, expected {expected}")

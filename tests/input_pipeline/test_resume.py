@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from input_pipeline.mixture import SourceConfig
 from input_pipeline.transforms.sample import SampleBuilder
 from tests.input_pipeline.consumer import SAVE_EVERY
 
-LENGTH, BATCH, KILLS, MOST_PROCESSES = 160, 4, 20, 4
+LENGTH, BATCH, KILLS = 160, 4, 20
 OPTIONS = {"plain": {}, "buckets": {"buckets": [64, 72]}, "packed": {"pack": 3}}
 
 
@@ -58,13 +57,14 @@ def run(folder: Path, place: dict, options: dict, lives: list[dict], repository:
     options = {"batch_size": BATCH, "seed": 11, **options}
     (folder / "plan.json").write_text(json.dumps({**place, "options": options, "lives": lives}))
     command = [sys.executable, "-m", "tests.input_pipeline.consumer", str(folder / "plan.json")]
-    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=dict(os.environ))
+    ended = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
 
 
 def replay(folder: Path, lives: list[dict]) -> Iterator[tuple[int, list[str]]]:
     """(step, ids of all processes) of every step that was run, in the order of the lives; some were run again."""
-    logs = {p: iter((folder / f"log-{p}.jsonl").read_text().splitlines()) for p in range(MOST_PROCESSES)}
+    most = max(life["processes"] for life in lives)
+    logs = {p: iter((folder / f"log-{p}.jsonl").read_text().splitlines()) for p in range(most)}
     step = 0
     for life in lives:
         for number in range(step, step + life["steps"]):
@@ -110,3 +110,15 @@ def test_killed_at_random_steps_nothing_is_lost_or_doubled(
     filled_up = sum(visits.values()) - total
     assert 0 <= filled_up < BATCH * (3 if mode == "packed" else 1)
     assert mode == "packed" or filled_up == 0
+
+
+def test_worker_processes_hand_over_to_each_other(place, undisturbed, tmp_path, repository) -> None:
+    """Killed with one, two and no workers, in one and two processes."""
+    shapes = ((1, 2), (2, 1), (1, 1), (1, 0))
+    lives = [{"processes": p, "workers": w, "threads": 1, "steps": 4, "killed": True} for p, w in shapes]
+    run(tmp_path / "w", place, OPTIONS["packed"], lives, repository)
+    steps = []
+    for number, ids in replay(tmp_path / "w", lives):
+        assert sorted(ids) == sorted(undisturbed["packed"][number])
+        steps.append(number)
+    assert steps == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12]

@@ -19,7 +19,7 @@ from input_pipeline.transforms.sample import SampleBuilder
 from tests.input_pipeline.consumer import SAVE_EVERY
 
 LENGTH, BATCH, KILLS = 160, 4, 20
-OPTIONS = {"plain": {}, "buckets": {"buckets": [64, 72]}, "packed": {"pack": 3}}
+OPTIONS = {"plain": {}, "buckets": {"buckets": [60, 80]}, "packed": {"pack": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def place(tmp_path_factory, make_records, tokenizer, spec) -> dict:
     root = tmp_path_factory.mktemp("resume")
     sizes = {"a": (30, 1.0), "b": (20, 0.5), "c": (25, 2.0)}
     records = {
-        name: {"records": make_records(root / name, count, name=name), "weight": weight}
+        name: {"records": make_records(root / name, count, name=name, words=10), "weight": weight}
         for name, (count, weight) in sizes.items()
     }
     tokenizer.save_pretrained(root / "tokenizer")

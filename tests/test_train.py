@@ -355,6 +355,31 @@ def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
     run.assert_ended_alike(workdir)
 
 
+def test_rows_can_be_packed_and_batches_be_of_one_length(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 1a once more: two clips a row, then rows that are as long as their bucket."""
+    options = ("stages=1a", "stage.1a.steps=0", "stage.1a.epochs=3.0")
+    packed = ("stage.1a.pack=2", "stage.1a.max_length=320")
+    assert cli.main(run.command(tmp_path / "packed", *options, *packed)) == 0
+    printed = capsys.readouterr().out
+    assert "source visual_caption: 3 samples, 3 an epoch" in printed
+    assert "an epoch: 3 samples in 2 rows of 320 positions" in printed and "75.0% of 2 clips a row" in printed
+    lines = read_metrics(tmp_path / "packed" / "1a")
+    # Three epochs of two rows are three steps of two rows, with all nine samples.
+    assert [line["samples/visual_caption"] for line in lines] == [3, 3, 3]
+    assert {line["targets"] for line in lines} == {3 * (len("b (B)") + 2)}
+    assert cli.main(run.command(tmp_path / "buckets", *options, "stage.1a.buckets=(64,150)")) == 0
+    assert "rows of 64, 150 or 160 positions" in capsys.readouterr().out
+    lines = read_metrics(tmp_path / "buckets" / "1a")
+    # Nine samples in rows of two: the last step is filled up from the fourth epoch.
+    assert [line["samples/visual_caption"] for line in lines] == [2] * 5
+    assert cli.main(run.command(tmp_path / "both", *options, *packed, "stage.1a.buckets=64")) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert cli.main(run.command(tmp_path / "short", *options, "stage.1a.max_length=60")) == 2
+    assert "3 samples do not fit 60 tokens" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
     run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:

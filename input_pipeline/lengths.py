@@ -8,13 +8,18 @@ tokens and the limit.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+import pickle
+import re
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 
 NAMED = 8  # So many samples are named where some do not fit.
 SHOWN_FROM = 10_000  # From so many samples on there is something to wait for.
+PART = 20_000  # Samples that a process counts at a time: some ten seconds, of which its start takes two.
 OVERSIZE = ("error", "leave_out")
 # Encoded for the fingerprint: a template's code may change while its fields stay.
 PROBE = (
@@ -82,25 +88,49 @@ def find_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
     return found
 
 
+class _Encoded(NamedTuple):
+    tokens: np.ndarray  # as `Lengths`
+    dropped_rounds: np.ndarray
+    refused: list[str]  # why samples cannot be used, the first few
+
+
 def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
-    """See `find_lengths`; reads samples.jsonl and writes nothing."""
-    tokens = np.zeros(len(source), np.int32)
+    """See `find_lengths`; reads samples.jsonl and writes nothing. Many samples are shared out among the processors."""
+    path = Path(source.config.records) / SAMPLES
+    if "conversations" not in source.line(0):
+        raise UserError(
+            f"{path} holds no conversations (an older `avlm prepare` wrote it); prepare these records again"
+        )
+    starts = range(0, len(source), PART)
+    parts = (source.only(slice(start, start + PART)) for start in starts)
+    cores = min(len(os.sched_getaffinity(0)), len(starts))
+    encode = functools.partial(_encode_apart if cores > 1 else _encode_all, builder=builder)
+    with ThreadPoolExecutor(cores) as pool:
+        found: Iterable[_Encoded] = pool.map(encode, parts)
+        if len(source) >= SHOWN_FROM:
+            label = f"{source.name or source.config.records}: token lengths of {len(source)} samples"
+            found = track(found, total=len(starts), label=label, unit=f"parts of {PART}")
+        tokens, dropped, refused = zip(*found, strict=True)
+    tokens, reasons = np.concatenate(tokens), sum(refused, [])
+    if reasons:
+        count = int((tokens == 0).sum())
+        raise UserError(
+            f"{source.config.records}: {count} of {len(source)} samples cannot be used: "
+            f"{'; '.join(reasons[:NAMED])}{' ...' if count > NAMED else ''}. Correct them in the manifest and prepare "
+            "again"
+        )
+    return Lengths(tokens, np.concatenate(dropped))
+
+
+def _encode_all(source: SourceIndex, builder: SampleBuilder) -> _Encoded:
+    tokens = np.zeros(len(source), np.int32)  # 0 stays where a sample cannot be used.
     dropped = np.zeros(len(source), np.int32)
     refused: list[str] = []
-    count = 0
-    lines = source.lines()
-    if len(source) >= SHOWN_FROM:
-        label = f"{source.name or source.config.records}: token lengths"
-        lines = track(lines, total=len(source), label=label, unit="samples")
-    for number, line in enumerate(lines):
-        if "conversations" not in line:
-            raise UserError(
-                f"{Path(source.config.records) / SAMPLES} holds no conversations (an older `avlm prepare` "
-                "wrote it); prepare these records again"
-            )
+    for number, line in enumerate(source.lines()):
         try:
             text = builder.encode(line)
-            builder.intervals(line, duration=0.0, rounds=text.rounds)
+            if _may_name_many_times(line, builder.spec.max_intervals):
+                builder.intervals(line, duration=0.0, rounds=text.rounds)
             tokens[number], dropped[number] = len(text.tokens), text.dropped_rounds
         except DoesNotFit as error:
             tokens[number] = -error.plan.total
@@ -108,13 +138,24 @@ def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
             UserError
         ) as error:  # Malformed, a control token in its text, more times than there is room for.
             refused += [str(error)] * (len(refused) < NAMED)
-            count += 1
-    if count:
-        raise UserError(
-            f"{source.config.records}: {count} of {len(source)} samples cannot be used: {'; '.join(refused)}"
-            f"{' ...' if count > len(refused) else ''}. Correct them in the manifest and prepare again"
-        )
-    return Lengths(tokens, dropped)
+    return _Encoded(tokens, dropped, refused)
+
+
+def _may_name_many_times(line: Mapping[str, Any], most: int) -> bool:
+    """A time has a number, and looking for numbers is quick."""
+    return sum(len(_NUMBER.findall(turn["value"])) for turn in line["conversations"]) > most
+
+
+_NUMBER = re.compile(r"\d+")
+
+
+def _encode_apart(source: SourceIndex, builder: SampleBuilder) -> _Encoded:
+    """`_encode_all` in a process of its own: a plain one, which needs nothing of the program that asks."""
+    command = [sys.executable, "-m", "input_pipeline.lengths"]
+    ended = subprocess.run(command, input=pickle.dumps((source, builder)), capture_output=True)
+    if ended.returncode:
+        raise RuntimeError(f"counting tokens failed:\n{ended.stderr[-4000:].decode(errors='replace')}")
+    return pickle.loads(ended.stdout)
 
 
 def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
@@ -209,3 +250,11 @@ def _refusal(sources: Sequence[SourceIndex], found: Sequence[Lengths], builder: 
         f"Raise the stage's max_length to {longest}, ask for fewer media tokens, shorten the texts, or set the "
         'stage\'s oversize="leave_out" to train without them'
     )
+
+
+if __name__ == "__main__":
+    # As module input_pipeline.lengths and not __main__, so that what is sent back can be read there.
+    from input_pipeline import lengths
+
+    answer = lengths._encode_all(*pickle.load(sys.stdin.buffer))
+    sys.stdout.buffer.write(pickle.dumps(answer))

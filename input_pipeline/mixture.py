@@ -106,8 +106,8 @@ class SourceIndex:
                 file.seek(int(offset))
                 yield json.loads(file.readline())
 
-    def only(self, keep: np.ndarray) -> SourceIndex:
-        """Without the samples that the mask `keep` (bool [n]) excludes."""
+    def only(self, keep: np.ndarray | slice) -> SourceIndex:
+        """The samples that a mask (bool [n]) or a slice keeps."""
         kept = {name: getattr(self, name)[keep] for name in ("records", "samples", "offsets")}
         return dataclasses.replace(self, **kept)
 
@@ -266,11 +266,11 @@ class Mixture:
         """Samples given out per epoch; equals `len(self)` when all weights are 1."""
         return sum(self._shares)
 
-    @property
+    @functools.cached_property
     def _shares(self) -> tuple[int, ...]:
         return tuple(max(1, round(source.config.weight * len(source))) for source in self.sources)
 
-    @property
+    @functools.cached_property
     def whole_passes(self) -> bool:
         """Whether every epoch holds the same samples, each as often: all weights are whole numbers."""
         return not any(share % len(s) for share, s in zip(self._shares, self.sources, strict=True))

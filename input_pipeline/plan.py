@@ -272,8 +272,12 @@ class PackedPlan(Plan):
         counts = np.bincount(self.tokens[numbers], minlength=self.length + 1)
         return plan_patterns(counts, self.length, self.clips_per_row)
 
+    @functools.cached_property
+    def _same_rows(self) -> int:
+        return num_rows(self._same_patterns)
+
     def _rows_in(self, epoch: int) -> int:
-        return num_rows(self._patterns(epoch))
+        return self._same_rows if self.mixture.whole_passes else num_rows(self._patterns(epoch))
 
     @functools.cached_property
     def _ends(self) -> list[int]:

@@ -67,6 +67,19 @@ def test_lengths_are_those_of_the_rows(source, builder) -> None:
     assert found.fits.tolist() == [number != LONG for number in range(10)]
 
 
+def test_many_samples_are_shared_out_among_processes(source, builder, monkeypatch) -> None:
+    expected = compute_lengths(source, builder)
+    monkeypatch.setattr(lengths_lib, "PART", 6)
+    monkeypatch.setattr(lengths_lib.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(lengths_lib, "_encode_all", lambda *_, **__: pytest.fail("computed here"))
+    found = compute_lengths(source, builder)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.dropped_rounds, expected.dropped_rounds)
+    monkeypatch.setattr(lengths_lib.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="counting tokens failed"):
+        compute_lengths(source, builder)
+
+
 def test_they_are_computed_once(source, builder, monkeypatch) -> None:
     found = find_lengths(source, builder)
     (kept,) = (Path(source.config.records) / LENGTHS).iterdir()
@@ -121,9 +134,8 @@ def test_a_folder_that_cannot_be_written_is_no_error(source, builder, monkeypatc
     monkeypatch.setattr(lengths_lib, "SHOWN_FROM", 1)
     find_lengths(source, builder)
     told = capsys.readouterr().err
-    assert (
-        "cannot be kept there (Permission denied)" in told and "mine: token lengths: 10 samples done" in told
-    )
+    assert "cannot be kept there (Permission denied)" in told
+    assert "mine: token lengths of 10 samples: 1 parts of 20000 done" in told
     assert not (Path(source.config.records) / LENGTHS).exists()
 
 

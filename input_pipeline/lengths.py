@@ -7,17 +7,17 @@ tokens and the limit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
-import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,21 +95,26 @@ class _Encoded(NamedTuple):
 
 
 def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
-    """See `find_lengths`; reads samples.jsonl and writes nothing. Many samples are shared out among the processors."""
+    """See `find_lengths`; reads samples.jsonl and writes nothing.
+
+    More than PART samples are shared out among processes, so a script needs `if __name__ == "__main__"` then.
+    """
     path = Path(source.config.records) / SAMPLES
     if "conversations" not in source.line(0):
         raise UserError(
             f"{path} holds no conversations (an older `avlm prepare` wrote it); prepare these records again"
         )
-    starts = range(0, len(source), PART)
-    parts = (source.only(slice(start, start + PART)) for start in starts)
-    cores = min(len(os.sched_getaffinity(0)), len(starts))
-    encode = functools.partial(_encode_apart if cores > 1 else _encode_all, builder=builder)
-    with ThreadPoolExecutor(cores) as pool:
-        found: Iterable[_Encoded] = pool.map(encode, parts)
+    parts = [source.only(slice(start, start + PART)) for start in range(0, len(source), PART)]
+    encode = functools.partial(_encode_all, builder=builder)
+    with contextlib.ExitStack() as stack:
+        found: Iterable[_Encoded] = map(encode, parts)
+        if (cores := min(len(os.sched_getaffinity(0)), len(parts))) > 1:
+            # Spawned: the program that asks may have threads that a fork would not survive.
+            pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"))
+            found = stack.enter_context(pool).map(encode, parts)
         if len(source) >= SHOWN_FROM:
             label = f"{source.name or source.config.records}: token lengths of {len(source)} samples"
-            found = track(found, total=len(starts), label=label, unit=f"parts of {PART}")
+            found = track(found, total=len(parts), label=label, unit=f"parts of {PART}")
         tokens, dropped, refused = zip(*found, strict=True)
     tokens, reasons = np.concatenate(tokens), sum(refused, [])
     if reasons:
@@ -147,15 +152,6 @@ def _may_name_many_times(line: Mapping[str, Any], most: int) -> bool:
 
 
 _NUMBER = re.compile(r"\d+")
-
-
-def _encode_apart(source: SourceIndex, builder: SampleBuilder) -> _Encoded:
-    """`_encode_all` in a process of its own: a plain one, which needs nothing of the program that asks."""
-    command = [sys.executable, "-m", "input_pipeline.lengths"]
-    ended = subprocess.run(command, input=pickle.dumps((source, builder)), capture_output=True)
-    if ended.returncode:
-        raise RuntimeError(f"counting tokens failed:\n{ended.stderr[-4000:].decode(errors='replace')}")
-    return pickle.loads(ended.stdout)
 
 
 def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
@@ -250,11 +246,3 @@ def _refusal(sources: Sequence[SourceIndex], found: Sequence[Lengths], builder: 
         f"Raise the stage's max_length to {longest}, ask for fewer media tokens, shorten the texts, or set the "
         'stage\'s oversize="leave_out" to train without them'
     )
-
-
-if __name__ == "__main__":
-    # As module input_pipeline.lengths and not __main__, so that what is sent back can be read there.
-    from input_pipeline import lengths
-
-    answer = lengths._encode_all(*pickle.load(sys.stdin.buffer))
-    sys.stdout.buffer.write(pickle.dumps(answer))

@@ -130,7 +130,7 @@ def test_folder_of_records(tmp_path):
         reader[5]
     assert reader.samples[3] == {
         "record": 1, "sample": 1, "id": "q2", "task": "caption", "source": "other",
-        "has_video": True, "has_audio": True,
+        "has_video": True, "has_audio": True, "conversations": [],
     }  # fmt: skip
     assert reader.samples[2]["source"] == "set"
     reader.verify()

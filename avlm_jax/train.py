@@ -129,25 +129,6 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
-    mesh = make_mesh(**config.mesh)
-    try:
-        trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
-        params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained)
-        trainable, frozen = split(params, stage.trainable)
-    except UserError:
-        raise
-    except ValueError as error:  # Weights, a parent's result or a pattern that do not fit the configuration.
-        raise ConfigError(f"stage {name}: {error}") from error
-    del params
-    print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
-    for part, report in reports.items():
-        print(f"{part}: {report}", flush=True)
-
-    optimizer = make_optimizer(stage.optim)
-    state = TrainState.create(trainable, optimizer, config.seed)
-    state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
-    step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
-
     loader = Loader(
         stage.sources,
         assembly.builder(max_length=stage.max_length),
@@ -161,9 +142,27 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
         threads=config.loader.threads,
         workers=config.loader.workers,
     )
-    print(loader.describe(), flush=True)
     # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
     total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
+    mesh = make_mesh(**config.mesh)
+    try:
+        trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
+        params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained)
+        trainable, frozen = split(params, stage.trainable)
+    except UserError:
+        raise
+    except ValueError as error:  # Weights, a parent's result or a pattern that do not fit the configuration.
+        raise ConfigError(f"stage {name}: {error}") from error
+    del params
+    print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
+    print(loader.describe(), flush=True)
+    for part, report in reports.items():
+        print(f"{part}: {report}", flush=True)
+
+    optimizer = make_optimizer(stage.optim)
+    state = TrainState.create(trainable, optimizer, config.seed)
+    state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
+    step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
     metadata = {
         "stage": name,
         "parent": parent_hash,

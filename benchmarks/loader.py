@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from input_pipeline.conversation import find_media_token_id, load_tokenizer  # noqa: E402
 from input_pipeline.lengths import Lengths, compute_lengths  # noqa: E402
 from input_pipeline.mixture import Mixture, SourceConfig, open_mixture  # noqa: E402
-from input_pipeline.plan import make_plan  # noqa: E402
+from input_pipeline.schedule import make_plan  # noqa: E402
 from input_pipeline.records import MANIFEST, SAMPLES, SCHEMA_VERSION  # noqa: E402
 from input_pipeline.spec import MediaSpec  # noqa: E402
 from input_pipeline.transforms.sample import SampleBuilder  # noqa: E402

@@ -1,7 +1,7 @@
 """From records to batches, with Grain: a share of the global order, threads, workers, exact resume.
 
 Batch n of a run is a pure function of (sources, lengths of their samples, seed, batch size, n), see
-`input_pipeline.plan`. The loader's whole position is therefore one number, the batches it has given out; Grain's
+`input_pipeline.schedule`. The loader's whole position is therefore one number, the batches it has given out; Grain's
 own iterator state is not used, since it does not move between worker counts.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.lengths import measure
 from input_pipeline.mixture import Mixture, SourceConfig, open_mixture
-from input_pipeline.plan import Plan, RowPlan, make_plan
+from input_pipeline.schedule import Plan, RowPlan, make_plan
 from input_pipeline.spec import TEXT_KEYS, Batch, check_batch
 from input_pipeline.transforms.sample import Row, SampleBuilder
 

@@ -12,7 +12,7 @@ import pytest
 from input_pipeline.errors import UserError
 from input_pipeline.lengths import Lengths
 from input_pipeline.mixture import Mixture, SourceConfig, SourceIndex
-from input_pipeline.plan import BucketPlan, PackedPlan, Plan, make_plan
+from input_pipeline.schedule import BucketPlan, PackedPlan, Plan, make_plan
 
 LENGTH, BATCH = 64, 4
 WHOLE, FRACTIONS = (1.0, 2.0, 1.0), (1.0, 0.5, 2.0)

@@ -301,7 +301,7 @@ def _finish(reader: RecordReader, work: WorkingFolder, section: dict[str, Any], 
 
 def all_records(config: ConfigDict) -> list[str]:
     """Folders of records of all stages that a configuration runs, each once."""
-    named = [source.records for name in config.stages for source in config.stage[name].sources]
+    named = [source.records for name in config.stages for source in config.stage[name].sources.values()]
     return list(dict.fromkeys(named))
 
 

@@ -123,7 +123,7 @@ def apply_overrides(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
     Args:
         config: left as it is.
         overrides: strings `--config.a.b=value`, the prefix optional. Items of a list or tuple are addressed
-            by position (`--config.stage.2b.sources.0.weight=2`). A value keeps the type the key has: an int
+            by position (`--config.stage.2b.trainable.0=llm/.*`). A value keeps the type the key has: an int
             may stand for a float, a list or tuple is a Python literal or plain words between commas, and any
             literal may replace None.
 
@@ -161,8 +161,8 @@ def config_from_args(args: argparse.Namespace) -> ConfigDict:
 def to_dataclass(cls: type[T], section: Mapping[str, Any] | ConfigDict, name: str = "") -> T:
     """Builds the frozen dataclass a module works with from its section of the configuration.
 
-    Sections inside become the dataclasses their fields are annotated with, lists become tuples where a tuple
-    is annotated, and an int may stand for a float.
+    Sections inside become the dataclasses their fields are annotated with (or those of their values, where a
+    dict is annotated), lists become tuples where a tuple is annotated, and an int may stand for a float.
 
     Args:
         cls: a dataclass.
@@ -383,6 +383,9 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         raise ConfigError(
             f"{where} is {_type_name(value)} ({value!r}); a section for {hint.__name__} is expected"
         )
+    if origin is dict and isinstance(value, ConfigDict | Mapping):
+        _, inner = typing.get_args(hint)
+        return {key: _fit(value[key], inner, f"{where}.{key}") for key in value}
     if (origin or hint) in (tuple, list) and isinstance(value, list | tuple):
         inner = typing.get_args(hint)
         if origin is tuple and inner and inner[-1] is not Ellipsis:
@@ -398,7 +401,7 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
         return (origin or hint)(items)
     if hint is float and type(value) is int:
         return float(value)
-    scalar = hint in (int, float, str, bool, type(None)) or (origin or hint) in (tuple, list)
+    scalar = hint in (int, float, str, bool, type(None)) or (origin or hint) in (tuple, list, dict)
     # type(), not isinstance: True must not pass for the int 1.
     if scalar and type(value) is not (origin or hint):
         expected = getattr(hint, "__name__", str(hint))

@@ -120,8 +120,8 @@ def stage_config(workdir: Path, seed: int, resampler: str) -> ConfigDict:
             if base.stage[name].max_length
         ]
     for name in base.stages:
-        for number in range(len(base.stage[name].sources)):
-            overrides.append(f"stage.{name}.sources.{number}.records={workdir / 'records' / 'train'}")
+        for source in base.stage[name].sources:
+            overrides.append(f"stage.{name}.sources.{source}.records={workdir / 'records' / 'train'}")
     return load_config(CONFIG, overrides)
 
 

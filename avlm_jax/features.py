@@ -83,22 +83,22 @@ def check_features(assembly: Assembly, reader: RecordReader) -> None:
 
 
 def open_features(
-    assembly: Assembly, name: str, sources: Sequence[SourceConfig], learnt: Collection[str]
-) -> tuple[tuple[SourceConfig, ...], tuple[str, ...]]:
+    assembly: Assembly, name: str, sources: Mapping[str, SourceConfig], learnt: Collection[str]
+) -> tuple[dict[str, SourceConfig], tuple[str, ...]]:
     """A stage's sources with the folders of features in place of those of records, and which encoders then have no input.
 
     Args:
         assembly: of the run.
         name: of the stage, for messages.
-        sources: with folders of records.
+        sources: by name, with folders of records.
         learnt: paths of all parameters that this stage or one before it trains.
 
     Raises:
         ConfigError: features are missing or not of this configuration's encoders, or an encoder whose features stand in
             is not frozen.
     """
-    found, idle = [], set(FIELDS)
-    for source in sources:
+    found, idle = {}, set(FIELDS)
+    for key, source in sources.items():
         folder = features_folder(source.records)
         if not (Path(folder) / MANIFEST).exists():
             raise ConfigError(
@@ -112,10 +112,10 @@ def open_features(
             )
         check_features(assembly, reader)
         idle &= reader.manifest["features"].keys()
-        found.append(dataclasses.replace(source, records=folder))
+        found[key] = dataclasses.replace(source, records=folder)
     parts = tuple(assembly.system.encoders[modality].part for modality in FIELDS if modality in idle)
     check_frozen(parts, learnt, f"stage {name}")
-    return tuple(found), parts
+    return found, parts
 
 
 def check_readable(assembly: Assembly, reader: RecordReader) -> None:

@@ -1,6 +1,7 @@
 """`avlm train`: the loop. One for every system and every stage; read it from top to bottom.
 
-    <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step
+    <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step; since the one before it,
+                                      samples by source and the share of the time that was spent waiting for data
     <workdir>/<stage>/checkpoints/    resumable state: trainable tree, optimizer, data position
     <workdir>/<stage>/final/          what the stage publishes: all that training has learnt so far, config, lineage
 
@@ -15,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,6 +42,7 @@ from avlm_jax.features import open_features
 from avlm_jax.lineage import check_finished, check_parent, check_same_config, load_parent
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
+from avlm_jax.prefetch import Prefetch
 from avlm_jax.sharding import make_mesh, param_shardings, put_batch, state_shardings
 from avlm_jax.state import (
     TrainState,
@@ -71,11 +74,14 @@ class StageConfig:
 
     Attributes:
         trainable: regexes, each matching whole parameter paths.
-        sources: what it trains on.
-        batch_size: samples per step over all devices.
-        epochs: passes over the sources; used when steps is 0.
+        sources: what it trains on, by name.
+        batch_size: rows per step over all devices: samples, unless rows are packed.
+        epochs: passes over the sources; used when steps is 0. The last step is filled up from the next pass.
         steps: optimizer steps, or 0.
         max_length: text positions, media included; 0 takes text.max_length. Captions need fewer than questions.
+        buckets: shorter text lengths that a step's rows may have together, ascending; one program is compiled for each.
+        pack: clips that may share a row of text; 1 packs none. See `input_pipeline.packing`.
+        oversize: "error" refuses samples whose media and first round do not fit, "leave_out" counts and leaves them out.
         parent: the stage whose result it begins from; empty for the first.
         fresh_lora: merge the adapter of earlier stages into the base and begin with a fresh one (LongVALE-LLM's
             second stage), instead of training it on.
@@ -84,11 +90,14 @@ class StageConfig:
     """
 
     trainable: tuple[str, ...]
-    sources: tuple[SourceConfig, ...]
+    sources: dict[str, SourceConfig]
     batch_size: int
     epochs: float = 1.0
     steps: int = 0
     max_length: int = 0
+    buckets: tuple[int, ...] = ()
+    pack: int = 1
+    oversize: str = "error"
     parent: str = ""
     fresh_lora: bool = False
     features: bool = False
@@ -123,20 +132,40 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
-    mesh = make_mesh(**config.mesh)
     sources, idle = stage.sources, ()
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
-        if stage.features:
-            sources, idle = open_features(assembly, name, sources, {**flatten(learnt or {}), **trained})
+    except ValueError as error:  # A pattern that fits nothing.
+        raise ConfigError(f"stage {name}: {error}") from error
+    if stage.features:
+        sources, idle = open_features(assembly, name, sources, {**flatten(learnt or {}), **trained})
+    # What is wrong with the data is told before gigabytes of weights are read.
+    loader = Loader(
+        sources,
+        assembly.builder(max_length=stage.max_length),
+        batch_size=stage.batch_size,
+        buckets=stage.buckets,
+        pack=stage.pack,
+        oversize=stage.oversize,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.loader.threads,
+        workers=config.loader.workers,
+    )
+    # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
+    total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
+    mesh = make_mesh(**config.mesh)
+    try:
         params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained, without=idle)
         trainable, frozen = split(params, stage.trainable)
     except UserError:
         raise
-    except ValueError as error:  # Weights, a parent's result or a pattern that do not fit the configuration.
+    except ValueError as error:  # Weights or a parent's result that do not fit the configuration.
         raise ConfigError(f"stage {name}: {error}") from error
     del params
     print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
+    print(loader.describe(), flush=True)
     for part, report in reports.items():
         print(f"{part}: {report}", flush=True)
 
@@ -144,22 +173,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     state = TrainState.create(trainable, optimizer, config.seed)
     state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
     step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
-
-    loader = Loader(
-        sources,
-        assembly.builder(max_length=stage.max_length),
-        batch_size=stage.batch_size,
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        **config.loader,
-    )
-    total = stage.steps or max(1, round(stage.epochs * loader.batches_per_epoch))
     metadata = {
         "stage": name,
         "parent": parent_hash,
         "weights": assembly.weights,
         "versions": versions(),
+        "data": loader.summary(),
     }
     made_with = json.loads(config_to_json(config))
     with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
@@ -209,6 +228,7 @@ def loop(
     """Steps `start`..`total`. Metrics are read one step late, so that the host never waits for the device."""
     mesh = make_mesh(**config.mesh)
     console = Console(total, start_step=start, label=f"stage {name}")
+    clock = DataClock()
     pending: tuple[int, dict[str, Array], np.float32] | None = None
 
     def report() -> None:
@@ -225,20 +245,39 @@ def loop(
                 "remove the sample, then start the same command again"
             )
         if number % config.log_every == 0 or number == total:
-            writer.write_scalars(number, {**values, "lr": float(lr)})
-        console.update(number, stage.batch_size, values["loss"])
+            since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
+            samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}
+            share = clock.share(batches.waited)
+            writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
+        console.update(number, loader.num_samples(number - 1), values["loss"])
 
-    for number in range(start + 1, total + 1):
-        batch = put_batch(next(loader), mesh)
-        lr = learning_rate(stage.optim, number - 1, total)
-        state, metrics = step_fn(state, frozen, batch, lr)
-        report()
-        pending = (number, metrics, lr)
-        if number % config.save_every == 0 or number == total:
-            report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
-            checkpointer.save(number, state, loader.state(), metadata)
+    with Prefetch(loader, lambda batch: put_batch(batch, mesh), config.loader.prefetch) as batches:
+        for number in range(start + 1, total + 1):
+            batch = next(batches)
+            lr = learning_rate(stage.optim, number - 1, total)
+            state, metrics = step_fn(state, frozen, batch, lr)
+            report()
+            pending = (number, metrics, lr)
+            if number % config.save_every == 0 or number == total:
+                report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
+                # One batch a step: the loader itself is ahead of that.
+                checkpointer.save(number, state, loader.state(number), metadata)
     console.close()
     return state
+
+
+class DataClock:
+    """Share of the time since it was last asked that the loop has waited for batches."""
+
+    def __init__(self) -> None:
+        self._asked, self._waited = time.perf_counter(), 0.0
+
+    def share(self, waited: float) -> float:
+        """`waited`: seconds in all so far."""
+        now = time.perf_counter()
+        share = (waited - self._waited) / max(now - self._asked, 1e-9)
+        self._asked, self._waited = now, waited
+        return share
 
 
 @functools.lru_cache(maxsize=8)

@@ -54,17 +54,24 @@ def source(
 
 
 def stage(
-    trainable: tuple[str, ...], sources: list[ConfigDict], *, lr: float, batch_size: int, **changes
+    trainable: tuple[str, ...], sources: dict[str, ConfigDict], *, lr: float, batch_size: int, **changes
 ) -> ConfigDict:
-    """One stage. `steps` 0 means: as many as `epochs` passes over the sources take."""
+    """One stage. `steps` 0 means: as many as `epochs` passes over the sources take.
+
+    To spend less on padding: `buckets` are shorter text lengths that whole batches may have, `pack` is how many clips
+    may share a row of text (batch_size counts rows).
+    """
     return ConfigDict(
         {
             "trainable": trainable,
-            "sources": tuple(sources),
+            "sources": sources,
             "batch_size": batch_size,
             "epochs": 1.0,
             "steps": 0,
             "max_length": 0,
+            "buckets": (),
+            "pack": 1,
+            "oversize": "error",
             "parent": "",
             "fresh_lora": False,
             "features": False,
@@ -160,40 +167,44 @@ def full() -> ConfigDict:
             "loss_chunk": 256,
             "log_every": 10,
             "save_every": 200,
-            "loader": {"threads": 2, "workers": 0},
+            "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             "stages": ("1a", "1b", "2a", "2b"),
             "stage": {
                 # Batch sizes, rates and epochs are the paper's. Stage 1a sees no sound: its audio branch is not aligned yet.
                 "1a": stage(
                     ALIGN_VISUAL,
-                    [
-                        source("records/lcs558k", modalities=("video",)),
-                        source("records/panda70m", modalities=("video",)),
-                    ],
+                    {
+                        "lcs558k": source("records/lcs558k", modalities=("video",)),
+                        "panda70m": source("records/panda70m", modalities=("video",)),
+                    },
                     lr=2e-3,
                     batch_size=512,
                 ),
                 "1b": stage(
                     ALIGN_AUDIO,
-                    [source("records/audioset"), source("records/audiocaps"), source("records/auto_acd")],
+                    {
+                        "audiocaps": source("records/audiocaps"),
+                        "audioset": source("records/audioset"),
+                        "auto_acd": source("records/auto_acd"),
+                    },
                     lr=2e-3,
                     batch_size=512,
                     parent="1a",
                 ),
                 "2a": stage(
                     FINE_TUNE,
-                    [
-                        source("records/videoinstruct"),
-                        source("records/internvid"),
-                        source("records/vggsound"),
-                    ],
+                    {
+                        "internvid": source("records/internvid"),
+                        "vggsound": source("records/vggsound"),
+                        "videoinstruct": source("records/videoinstruct"),
+                    },
                     lr=2e-4,
                     batch_size=1024,
                     parent="1b",
                 ),
                 "2b": stage(
                     FINE_TUNE,
-                    [source("records/saven_vid")],
+                    {"saven_vid": source("records/saven_vid")},
                     lr=2e-4,
                     batch_size=1024,
                     epochs=2.0,
@@ -268,7 +279,7 @@ def demo() -> ConfigDict:
         {
             "1a": stage(
                 ALIGN_VISUAL,
-                [source(records, "visual_caption", modalities=("video",))],
+                {"visual_caption": source(records, "visual_caption", modalities=("video",))},
                 lr=2e-3,
                 batch_size=16,
                 steps=110,
@@ -276,7 +287,7 @@ def demo() -> ConfigDict:
             ),
             "1b": stage(
                 ALIGN_AUDIO,
-                [source(records, "audio_caption", modalities=("audio",))],
+                {"audio_caption": source(records, "audio_caption", modalities=("audio",))},
                 lr=2e-3,
                 batch_size=16,
                 steps=70,
@@ -285,7 +296,7 @@ def demo() -> ConfigDict:
             ),
             "2a": stage(
                 FINE_TUNE,
-                [source(records, "av_pairs"), source(records, "av_caption"), source(records, "open_qa")],
+                {task: source(records, task) for task in ("av_caption", "av_pairs", "open_qa")},
                 lr=2e-3,
                 batch_size=16,
                 steps=220,
@@ -294,7 +305,7 @@ def demo() -> ConfigDict:
             ),
             "2b": stage(
                 FINE_TUNE,
-                [source(records, "mcq", "mcq_extra")],
+                {"mcq": source(records, "mcq", "mcq_extra")},
                 lr=1e-3,
                 batch_size=16,
                 steps=60,

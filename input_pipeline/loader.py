@@ -1,23 +1,26 @@
 """From records to batches, with Grain: a share of the global order, threads, workers, exact resume.
 
-Batch n of a run is a pure function of (sources, seed, batch size, n). The loader's whole position is
-therefore one number, the batches it has given out; Grain's own iterator state is not used, since it does not
-move between worker counts.
+Batch n of a run is a pure function of (sources, lengths of their samples, seed, batch size, n), see
+`input_pipeline.schedule`. The loader's whole position is therefore one number, the batches it has given out; Grain's
+own iterator state is not used, since it does not move between worker counts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
 from input_pipeline.errors import UserError
+from input_pipeline.lengths import measure
 from input_pipeline.mixture import Mixture, SourceConfig, open_mixture
-from input_pipeline.spec import Batch, check_batch
+from input_pipeline.schedule import Plan, RowPlan, make_plan
+from input_pipeline.spec import TEXT_KEYS, Batch, check_batch
 from input_pipeline.transforms.sample import Row, SampleBuilder
 
 # Two threads are enough to hide JPEG decoding behind a step and do not fight over the interpreter lock;
@@ -26,7 +29,7 @@ DEFAULT_THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadRow:
+class ReadSample:
     """Global sample number -> Row; numbers from `len(mixture)` on give padding rows (everything masked).
 
     Attributes:
@@ -51,12 +54,90 @@ class ReadRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackedRow:
+    """One row of a batch: the clips whose media it holds, empty slots included, and their texts end to end.
+
+    Attributes:
+        clips: one per slot; of an empty slot nothing is valid.
+        text: the arrays of TEXT_KEYS, [l].
+    """
+
+    clips: tuple[Row, ...]
+    text: dict[str, np.ndarray]
+
+
+def pack_row(samples: Sequence[Row], empty: Row | None, slots: int, length: int) -> PackedRow:
+    """Lays the texts of samples end to end into a row: segments 1, 2, ..., positions from 0 in each.
+
+    Args:
+        samples: at most `slots`; their texts are at most `length` long together.
+        empty: a padding row for the slots that are left, and for its text the padding.
+        slots: clips per row.
+        length: l.
+    """
+    rows = [*samples, *([empty] * (slots - len(samples)))]
+    if len(samples) == 1:  # Right-padded already.
+        return PackedRow(tuple(rows), {key: samples[0].arrays[key][:length] for key in TEXT_KEYS})
+    assert empty is not None
+    text = {key: empty.arrays[key][:length].copy() for key in TEXT_KEYS}
+    start = 0
+    for segment, sample in enumerate(samples, 1):
+        stop = start + sample.plan.total
+        for key in TEXT_KEYS:
+            text[key][start:stop] = sample.arrays[key][: stop - start]
+        text["segment_ids"][start:stop] *= segment
+        start = stop
+    return PackedRow(tuple(rows), text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadRow:
+    """RowPlan -> PackedRow."""
+
+    read: ReadSample
+    clips_per_row: int
+
+    def __call__(self, planned: RowPlan) -> PackedRow:
+        samples = [self.read(number) for number in planned.numbers]
+        for number, row, tokens in zip(planned.numbers, samples, planned.tokens, strict=True):
+            if row.plan.total != tokens:
+                source, within = self.read.mixture.locate(number)
+                raise UserError(
+                    f"sample {row.sample.get('id')!r} takes {row.plan.total} tokens, but {tokens} were planned for "
+                    f"it: samples.jsonl of {self.read.mixture.sources[source].config.records} does not belong to "
+                    f"its records (sample {within}); prepare them again"
+                )
+        full = self.clips_per_row == 1
+        empty = None if full else self.read.builders[0].padding_row()
+        return pack_row(samples, empty, self.clips_per_row, planned.length)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShareOfRows:
+    """This process's rows of all batches, end to end: row r of process p is row r * process_count + p of the
+    global batch. Endless, random access, no state.
+    """
+
+    plan: Plan
+    process_index: int
+    process_count: int
+
+    def __len__(self) -> int:
+        # As good as endless. sys.maxsize, Grain's own idea of that, overflows in its batches of one row.
+        return 2**50
+
+    def __getitem__(self, index: int) -> RowPlan:
+        batch, row = divmod(index, self.plan.batch_size // self.process_count)
+        return self.plan.row(batch, row * self.process_count + self.process_index)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
-    """A batch and what its rows are, one entry per row.
+    """A batch and what it holds, one entry per clip.
 
     Attributes:
         batch: the arrays.
-        samples: the samples' own fields (id, task, conversations, ...); None for padding rows.
+        samples: the samples' own fields (id, task, conversations, ...); None for padding.
         dropped_rounds: dialogue rounds that were dropped because they did not fit.
     """
 
@@ -69,10 +150,14 @@ class Rows:
         return sum(sample is not None for sample in self.samples)
 
 
-def stack_rows(rows: Sequence[Row]) -> Rows:
-    """Stacks unbatched arrays along a new first axis."""
-    batch: Any = {key: np.stack([row.arrays[key] for row in rows]) for key in rows[0].arrays}
-    return Rows(batch, tuple(row.sample for row in rows), sum(row.dropped_rounds for row in rows))
+def stack_rows(rows: Sequence[PackedRow]) -> Rows:
+    """Stacks texts by row and media by clip along a new first axis."""
+    clips = [clip for row in rows for clip in row.clips]
+    batch: Any = {
+        key: np.stack([row.text[key] for row in rows] if key in TEXT_KEYS else [c.arrays[key] for c in clips])
+        for key in clips[0].arrays
+    }
+    return Rows(batch, tuple(clip.sample for clip in clips), sum(clip.dropped_rounds for clip in clips))
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -83,32 +168,20 @@ def _local_batch_size(batch_size: int, process_index: int, process_count: int) -
     return batch_size // process_count
 
 
-MOST_POSITIONS = 2**50
-
-
-def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadRow:
+def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadSample:
     modalities = [source.config.modalities for source in mixture.sources]
     builder = dataclasses.replace(builder, features=mixture.features)
-    return ReadRow(mixture, tuple(dataclasses.replace(builder, modalities=shown) for shown in modalities))
+    return ReadSample(mixture, tuple(dataclasses.replace(builder, modalities=shown) for shown in modalities))
 
 
 def make_dataset(
-    mixture: Mixture,
-    builder: SampleBuilder,
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    plan: Plan, builder: SampleBuilder, *, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset[Rows]:
-    """Batch number -> this process's rows of that global batch; endless, random access, no state.
-
-    Row r of process p is global position n * batch_size + r * process_count + p of the mixture's order.
-    """
-    local = _local_batch_size(batch_size, process_index, process_count)
-    order = mixture.order()
-    # As good as endless. Without a count Grain takes sys.maxsize, which its batches of one row overflow.
-    numbers = order.repeat(MOST_POSITIONS // len(order))[process_index::process_count]
-    return numbers.map(_make_reader(mixture, builder)).batch(local, batch_fn=stack_rows)
+    """Batch number -> this process's rows of that global batch; endless, random access, no state."""
+    local = _local_batch_size(plan.batch_size, process_index, process_count)
+    rows = grain.MapDataset.source(ShareOfRows(plan, process_index, process_count))
+    read = ReadRow(_make_reader(plan.mixture, builder), plan.clips_per_row)
+    return rows.map(read).batch(local, batch_fn=stack_rows)
 
 
 def _iterate(dataset: grain.MapDataset[Rows], threads: int, workers: int) -> grain.DatasetIterator[Rows]:
@@ -129,9 +202,12 @@ class Loader:
     """Endless iterator over this process's share of the global batches; close it or use it in a `with`.
 
     Args:
-        sources: the mixture; an opened `Mixture` is taken as it is (then `seed` and `shuffle` are its own).
+        sources: the mixture by name, see `open_mixture`; an opened `Mixture` is taken as it is (then `seed` and
+            `shuffle` are its own).
         builder: makes the arrays; its `modalities` are replaced by each source's.
-        batch_size: of the global batch, over all processes.
+        batch_size: rows of the global batch, over all processes.
+        buckets, pack: see `make_plan`.
+        oversize: see `measure`.
         seed: of the order.
         shuffle: False keeps the order of the records.
         start_batch: number of the first batch to give out; seeking is O(1).
@@ -140,17 +216,26 @@ class Loader:
         workers: worker processes; 0 for none. They start anew, so a script that uses them must guard its
             start with `if __name__ == "__main__"`.
 
+    Attributes:
+        mixture: of what fits.
+        plan: what each batch is made of.
+        left_out: samples that do not fit and are left out, by source.
+        dropped_rounds: dialogue rounds that do not fit, by source.
+
     Raises:
-        UserError: see `open_source`; a batch size that does not divide among the processes. While iterating:
-            a sample that does not fit or is malformed, by id.
+        UserError: see `open_source`, `measure` and `make_plan`; a batch size that does not divide among the
+            processes. While iterating: a sample that is malformed, by id.
     """
 
     def __init__(
         self,
-        sources: Sequence[SourceConfig] | Mixture,
+        sources: Mapping[str, SourceConfig] | Sequence[SourceConfig] | Mixture,
         builder: SampleBuilder,
         *,
         batch_size: int,
+        buckets: Sequence[int] = (),
+        pack: int = 1,
+        oversize: str = "error",
         seed: int = 0,
         shuffle: bool = True,
         start_batch: int = 0,
@@ -159,22 +244,27 @@ class Loader:
         threads: int = DEFAULT_THREADS,
         workers: int = 0,
     ):
-        if isinstance(sources, Mixture):
-            self.mixture = sources
-        else:
-            self.mixture = open_mixture(sources, builder.spec, seed=seed, shuffle=shuffle)
-        self.batch_size = batch_size
         self.local_batch_size = _local_batch_size(batch_size, process_index, process_count)
-        self.dropped_rounds = 0  # Since this loader was made or sought, over the batches given out.
+        if not isinstance(sources, Mixture):
+            sources = open_mixture(sources, builder.spec, seed=seed, shuffle=shuffle)
+        self.mixture, lengths, self.left_out = measure(sources, builder, oversize)
+        self.dropped_rounds = {
+            source.name: int(found.dropped_rounds.sum())
+            for source, found in zip(self.mixture.sources, lengths, strict=True)
+        }
+        self.batch_size = batch_size
+        self.plan = make_plan(
+            self.mixture,
+            lengths,
+            batch_size=batch_size,
+            length=builder.max_length,
+            buckets=buckets,
+            pack=pack,
+        )
         self._process_index, self._process_count = process_index, process_count
-        self._length = builder.max_length
         self._spec = builder.spec
         self._dataset = make_dataset(
-            self.mixture,
-            builder,
-            batch_size=batch_size,
-            process_index=process_index,
-            process_count=process_count,
+            self.plan, builder, process_index=process_index, process_count=process_count
         )
         self._threads, self._workers = threads, workers
         self._next_batch = start_batch
@@ -186,76 +276,136 @@ class Loader:
         """Number of the batch that `next` will give out."""
         return self._next_batch
 
-    @property
-    def batches_per_epoch(self) -> float:
-        return self.mixture.epoch_length / self.batch_size
+    def batches_in(self, epochs: float) -> float:
+        """Batches that so many epochs take; the last one may reach into the next epoch."""
+        return self.plan.batches_in(epochs)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
+        return self.next_rows().batch
+
+    def next_rows(self) -> Rows:
+        """As `next`, with the fields of the samples that were read."""
         if self._closed:
             raise ValueError("the loader is closed")
         if self._iterator is None:
             self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
         rows = next(self._iterator)
+        length = self.plan.row(self._next_batch, 0).length
         check_batch(
-            rows.batch, self._spec, self.local_batch_size, self._length, features=self.mixture.features
+            rows.batch,
+            self._spec,
+            self.local_batch_size,
+            length,
+            clips_per_row=self.plan.clips_per_row,
+            features=self.mixture.features,
         )
         self._next_batch += 1
-        self.dropped_rounds += rows.dropped_rounds
-        return rows.batch
+        return rows
 
     def seek(self, batch: int) -> None:
         """The next batch given out is number `batch`."""
         self._stop()
         self._next_batch = batch
-        self.dropped_rounds = 0
 
     def sample_numbers(self, batch: int, *, whole: bool = False) -> list[int]:
-        """Global sample numbers of the rows of batch number `batch`; nothing is read.
+        """Global sample numbers of batch number `batch`, row by row; nothing is read.
 
         Args:
             batch: its number.
             whole: of the global batch, in its order, instead of this process's rows.
         """
-        positions = range(batch * self.batch_size, (batch + 1) * self.batch_size)
-        if not whole:
-            positions = positions[self._process_index :: self._process_count]
-        order = self._order
-        return [int(order[position]) for position in positions]
-
-    @functools.cached_property
-    def _order(self) -> grain.MapDataset:
-        return self.mixture.order()
+        if whole:
+            return self.plan.numbers(batch).tolist()
+        rows = range(self._process_index, self.batch_size, self._process_count)
+        return [number for row in rows for number in self.plan.row(batch, row).numbers]
 
     def sample_ids(self, batch: int, *, whole: bool = False) -> list[str]:
-        """Ids of the rows of batch number `batch`, from samples.jsonl; no record is read or decoded."""
+        """Ids of the samples of batch number `batch`, from samples.jsonl; no record is read or decoded."""
         return [self.mixture.line(number)["id"] for number in self.sample_numbers(batch, whole=whole)]
 
-    def state(self) -> dict[str, Any]:
-        """The position, to be saved with a checkpoint; good for any number of threads and processes."""
+    def count_samples(self, start: int, stop: int) -> dict[str, int]:
+        """How many samples of each source the global batches `start` .. `stop` - 1 hold; nothing is read."""
+        numbers = [self.plan.numbers(batch) for batch in range(start, stop)]
+        of_source = self.mixture.source_of(np.concatenate([np.zeros(0, np.int64), *numbers]))
+        counts = np.bincount(of_source, minlength=len(self.mixture.sources)).tolist()
+        return {source.name: count for source, count in zip(self.mixture.sources, counts, strict=True)}
+
+    def num_samples(self, batch: int) -> int:
+        """Samples in global batch number `batch`."""
+        return self.plan.num_samples(batch)
+
+    def summary(self) -> dict[str, Any]:
+        """What is trained on, in counts, by source: to be kept with the result."""
         return {
-            "next_batch": self._next_batch,
+            source.name: {
+                "samples": len(source),
+                "per_epoch": self.mixture.shares[source.name],
+                "of_other_tasks_or_modalities": source.left_out,
+                "left_out_as_oversize": self.left_out[source.name],
+                "dropped_rounds": self.dropped_rounds[source.name],
+            }
+            for source in self.mixture.sources
+        }
+
+    def describe(self) -> str:
+        """`summary` and how full the batches are, for people."""
+        lines = []
+        for name, counts in self.summary().items():
+            line = f"source {name}: {counts['samples']} samples, {counts['per_epoch']} an epoch"
+            if counts["left_out_as_oversize"]:
+                line += (
+                    f"; {counts['left_out_as_oversize']} left out, they do not fit {self.plan.length} tokens"
+                )
+            if counts["dropped_rounds"]:
+                line += f"; {counts['dropped_rounds']} rounds dropped that do not fit"
+            lines.append(line)
+        fill = self.plan.fill()
+        line = (
+            f"an epoch: {fill.samples} samples in {fill.rows} rows of {_either(self.plan.lengths)} positions"
+        )
+        line += f", {fill.text:.1%} of them filled"
+        if self.plan.clips_per_row > 1:
+            line += f"; {fill.clips:.1%} of {self.plan.clips_per_row} clips a row"
+        return "\n".join([*lines, line])
+
+    def state(self, next_batch: int | None = None) -> dict[str, Any]:
+        """The position, to be saved with a checkpoint; good for any number of threads and processes.
+
+        Args:
+            next_batch: another position than the loader's own: that of a consumer who reads ahead.
+        """
+        return {
+            "next_batch": self._next_batch if next_batch is None else next_batch,
             "seed": self.mixture.seed,
             "batch_size": self.batch_size,
-            "fingerprint": self.mixture.fingerprint(self.batch_size),
+            "fingerprint": self._fingerprint,
         }
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
+        identity = self.plan.identity()
+        if any(self.left_out.values()):
+            kept = [hashlib.sha256(source.offsets.tobytes()).hexdigest() for source in self.mixture.sources]
+            identity += ["left out", kept]
+        return self.mixture.fingerprint(self.batch_size, *identity)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at a saved position.
 
         Raises:
-            UserError: the state belongs to another order (sources, records, weights, seed or batch size
-                differ).
+            UserError: the state belongs to another order (sources, records, weights, lengths, seed or batch
+                size differ).
         """
         own = self.state()
         for name in ("seed", "batch_size", "fingerprint"):
             if state[name] != own[name]:
                 raise UserError(
                     f"cannot continue the data order: its {name} was {state[name]!r} and is now "
-                    f"{own[name]!r}. Restore sources, records, weights, seed and batch size, or start the "
-                    "stage in a new workdir"
+                    f"{own[name]!r}. Restore sources, records, weights, buckets, pack, max_length, seed and batch "
+                    "size, or start the stage in a new workdir"
                 )
         self.seek(int(state["next_batch"]))
 
@@ -282,7 +432,7 @@ def num_eval_batches(mixture: Mixture, batch_size: int) -> int:
 
 
 def iter_eval(
-    sources: Sequence[SourceConfig] | Mixture,
+    sources: Mapping[str, SourceConfig] | Sequence[SourceConfig] | Mixture,
     builder: SampleBuilder,
     *,
     batch_size: int,
@@ -301,9 +451,17 @@ def iter_eval(
     mixture = sources if isinstance(sources, Mixture) else open_mixture(sources, builder.spec, shuffle=False)
     local = _local_batch_size(batch_size, process_index, process_count)
     numbers = grain.MapDataset.range(num_eval_batches(mixture, batch_size) * batch_size)
-    rows = numbers[process_index::process_count].map(_make_reader(mixture, builder))
+    rows = numbers[process_index::process_count].map(_make_reader(mixture, builder)).map(_as_row)
     iterator = _iterate(rows.batch(local, batch_fn=stack_rows), threads, workers=0)
     try:
         yield from iterator
     finally:
         iterator.close()
+
+
+def _as_row(sample: Row) -> PackedRow:
+    return PackedRow((sample,), {key: sample.arrays[key] for key in TEXT_KEYS})
+
+
+def _either(lengths: Sequence[int]) -> str:
+    return " or ".join(filter(None, (", ".join(map(str, lengths[:-1])), str(lengths[-1]))))

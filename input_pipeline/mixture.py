@@ -7,6 +7,7 @@ a position.
 
 from __future__ import annotations
 
+import array
 import bisect
 import dataclasses
 import functools
@@ -14,9 +15,9 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
@@ -37,7 +38,7 @@ class SourceConfig:
         modalities: what the model is shown of it; the other is masked. ("video",) leaves out samples without
             a picture, ("audio",) those without sound; () shows neither (text alone) and takes all.
         weight: how often each of its samples comes per epoch. 0.5 takes half of them, the other half next
-            epoch; 2 takes all of them twice.
+            epoch; 2 takes all of them twice; 0 leaves the source out.
     """
 
     records: str
@@ -56,9 +57,9 @@ class SourceConfig:
             raise UserError(
                 f"source {self.records!r}: unknown modalities {sorted(unknown)}; use {MODALITIES}"
             )
-        if not self.weight > 0:
+        if not 0 <= self.weight < float("inf"):
             raise UserError(
-                f"source {self.records!r}: weight is {self.weight}; use a positive one or drop it"
+                f"source {self.records!r}: weight is {self.weight}; use a positive one, or 0 to leave it out"
             )
 
 
@@ -73,6 +74,7 @@ class SourceIndex:
         samples: i32 [n], its number within the record.
         offsets: i64 [n], where its line begins in samples.jsonl.
         left_out: samples of the folder that tasks or modalities exclude.
+        name: what the mixture calls it.
     """
 
     config: SourceConfig
@@ -81,6 +83,7 @@ class SourceIndex:
     samples: np.ndarray
     offsets: np.ndarray
     left_out: int
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -96,6 +99,18 @@ class SourceIndex:
             file.seek(int(self.offsets[number]))
             return json.loads(file.readline())
 
+    def lines(self) -> Iterator[dict]:
+        """All its samples' lines, in order, in one pass over the file."""
+        with open(os.path.join(self.config.records, SAMPLES), "rb") as file:
+            for offset in self.offsets:
+                file.seek(int(offset))
+                yield json.loads(file.readline())
+
+    def only(self, keep: np.ndarray | slice) -> SourceIndex:
+        """The samples that a mask (bool [n]) or a slice keeps."""
+        kept = {name: getattr(self, name)[keep] for name in ("records", "samples", "offsets")}
+        return dataclasses.replace(self, **kept)
+
 
 def _is_wanted(line: dict, config: SourceConfig) -> bool:
     if config.tasks and line.get("task") not in config.tasks:
@@ -104,12 +119,13 @@ def _is_wanted(line: dict, config: SourceConfig) -> bool:
     return not config.modalities or any(has[name] for name in config.modalities)
 
 
-def open_source(config: SourceConfig, spec: MediaSpec | None = None) -> SourceIndex:
-    """Reads a folder's manifest and sample list.
+def open_source(config: SourceConfig, spec: MediaSpec | None = None, name: str = "") -> SourceIndex:
+    """Reads a folder's manifest and sample list; of a sample it keeps 16 bytes.
 
     Args:
         config: the source.
         spec: what the model expects; None skips the check.
+        name: what the mixture calls it.
 
     Raises:
         UserError: the folder holds no records, or records prepared for another MediaSpec (see
@@ -117,7 +133,7 @@ def open_source(config: SourceConfig, spec: MediaSpec | None = None) -> SourceIn
             and the remedy.
     """
     reader = RecordReader(config.records, spec)
-    records, samples, offsets = [], [], []
+    records, samples, offsets = array.array("i"), array.array("i"), array.array("q")
     offset = total = 0
     tasks_seen = set()
     with open(os.path.join(config.records, SAMPLES), "rb") as file:
@@ -138,10 +154,11 @@ def open_source(config: SourceConfig, spec: MediaSpec | None = None) -> SourceIn
     return SourceIndex(
         config,
         reader,
-        np.array(records, np.int32),
-        np.array(samples, np.int32),
-        np.array(offsets, np.int64),
+        np.frombuffer(records, np.int32),
+        np.frombuffer(samples, np.int32),
+        np.frombuffer(offsets, np.int64),
         total - len(records),
+        name,
     )
 
 
@@ -151,14 +168,18 @@ def open_source(config: SourceConfig, spec: MediaSpec | None = None) -> SourceIn
 HELD_PERMUTATION = 65_536
 
 
+def permutation(seed: int, stream: int, epoch: int, length: int) -> np.ndarray:
+    """A permutation of `length` elements, int32, that will be the same for good."""
+    sequence = np.random.SeedSequence([seed, stream, epoch])
+    # Raw bits and a stable sort: numpy promises both for good, but not what Generator.permutation returns.
+    return np.argsort(np.random.PCG64(sequence).random_raw(length), kind="stable").astype(np.int32)
+
+
 @functools.lru_cache(maxsize=256)  # At most 64 MB.
 def _permutation_key(seed: int, stream: int, epoch: int, length: int) -> np.ndarray | int:
-    sequence = np.random.SeedSequence([seed, stream, epoch])
     if length <= HELD_PERMUTATION:
-        # Raw bits and a stable sort: numpy promises both for good, but not what Generator.permutation
-        # returns.
-        return np.argsort(np.random.PCG64(sequence).random_raw(length), kind="stable").astype(np.int32)
-    return int(sequence.generate_state(1)[0])
+        return permutation(seed, stream, epoch, length)
+    return int(np.random.SeedSequence([seed, stream, epoch]).generate_state(1)[0])
 
 
 def shuffled(index: int, length: int, seed: int, stream: int = 0) -> int:
@@ -187,7 +208,7 @@ def shuffled(index: int, length: int, seed: int, stream: int = 0) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureOrder(grain.transforms.DatasetSelectionMap):
+class MixtureOrder:
     """Position -> (source, position in the source's own endless stream); a pure function, O(1).
 
     Epoch e holds elements e n .. (e + 1) n - 1 of the stream of a source whose share is n, permuted together
@@ -245,7 +266,7 @@ class Mixture:
         """Samples given out per epoch; equals `len(self)` when all weights are 1."""
         return sum(self._shares)
 
-    @property
+    @functools.cached_property
     def _shares(self) -> tuple[int, ...]:
         return tuple(max(1, round(source.config.weight * len(source))) for source in self.sources)
 
@@ -262,42 +283,108 @@ class Mixture:
                 )
         return first.reader.features
 
+    @functools.cached_property
+    def whole_passes(self) -> bool:
+        """Whether every epoch holds the same samples, each as often: all weights are whole numbers."""
+        return not any(share % len(s) for share, s in zip(self._shares, self.sources, strict=True))
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Samples given out per epoch, by source."""
+        return {source.name: share for source, share in zip(self.sources, self._shares, strict=True)}
+
     def locate(self, number: int) -> tuple[int, int]:
         """(source, number within the source) of a sample's global number."""
         source = bisect.bisect_right(self._ends, number)
         return source, number - (self._ends[source] - len(self.sources[source]))
+
+    def source_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Which source each of these global numbers belongs to."""
+        return np.searchsorted(self._ends, numbers, side="right")
 
     def line(self, number: int) -> dict:
         """The sample's line of samples.jsonl."""
         source, within = self.locate(number)
         return self.sources[source].line(within)
 
-    def order(self) -> grain.MapDataset[int]:
-        """Position -> global sample number, endless: index it with any position, or `repeat` it.
+    @functools.cached_property
+    def _order(self) -> MixtureOrder:
+        lengths = tuple(len(source) for source in self.sources)
+        return MixtureOrder(lengths, self._shares, self.seed if self.shuffle else None)
+
+    def at(self, position: int) -> int:
+        """The global sample number at a position of the endless order, in O(1).
 
         Shuffled, every epoch is another permutation; in it, a source of weight 1 comes once in full.
         """
-        lengths = tuple(len(source) for source in self.sources)
-        numbers = [
-            grain.MapDataset.range(end - length, end) for length, end in zip(lengths, self._ends, strict=True)
-        ]
-        order = MixtureOrder(lengths, self._shares, self.seed if self.shuffle else None)
-        return grain.MapDataset.select_from_datasets(numbers, order)
+        source, index = self._order[position]
+        length = len(self.sources[source])
+        return self._ends[source] - length + index % length
 
-    def fingerprint(self, batch_size: int) -> str:
-        """Identifies everything that the order of batches depends on, and nothing else."""
+    def epoch(self, epoch: int) -> np.ndarray:
+        """The global sample numbers of a whole epoch, int64 [epoch_length], for plans that need them all.
+
+        What `at` gives, as long as nothing that is permuted is longer than HELD_PERMUTATION; beyond, another
+        draw.
+        """
+        parts = []
+        for stream, (source, share, end) in enumerate(
+            zip(self.sources, self._shares, self._ends, strict=True), start=1
+        ):
+            length = len(source)
+            rounds, within = np.divmod(np.arange(epoch * share, (epoch + 1) * share), length)
+            if self.shuffle and share % length:
+                for number in range(int(rounds[0]), int(rounds[-1]) + 1):
+                    here = rounds == number
+                    within[here] = permutation(self.seed, stream, number, length)[within[here]]
+            parts.append(within + (end - length))
+        numbers = np.concatenate(parts)
+        return numbers[permutation(self.seed, 0, epoch, len(numbers))] if self.shuffle else numbers
+
+    def numbers(self, start: int, stop: int) -> np.ndarray:
+        """The global sample numbers of positions `start` .. `stop` - 1 of the epochs laid end to end."""
+        length = self.epoch_length
+        epochs = range(start // length, -(-stop // length))
+        joined = np.concatenate([self.epoch(epoch) for epoch in epochs] or [np.zeros(0, np.int64)])
+        return joined[start - epochs.start * length :][: stop - start]
+
+    def fingerprint(self, batch_size: int, *more: Any) -> str:
+        """Identifies everything that the order of batches depends on, and nothing else.
+
+        Args:
+            batch_size: of the global batch.
+            more: JSON values of what else the order depends on.
+        """
         parts = [
             [source.digest, source.config.tasks, source.config.modalities, source.config.weight]
             for source in self.sources
         ]
-        text = json.dumps([parts, self.seed, self.shuffle, batch_size])
+        text = json.dumps([parts, self.seed, self.shuffle, batch_size, *more])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def open_mixture(
-    sources: Sequence[SourceConfig], spec: MediaSpec | None = None, *, seed: int = 0, shuffle: bool = True
+    sources: Mapping[str, SourceConfig] | Sequence[SourceConfig],
+    spec: MediaSpec | None = None,
+    *,
+    seed: int = 0,
+    shuffle: bool = True,
 ) -> Mixture:
-    """Opens every source, see `open_source` for what it raises."""
-    if not sources:
-        raise UserError("a stage needs at least one source; config.stage.<name>.sources is empty")
-    return Mixture(tuple(open_source(source, spec) for source in sources), seed, shuffle)
+    """Opens every source of a positive weight, see `open_source` for what it raises.
+
+    Args:
+        sources: by name; the order of the samples goes by the names' alphabet, not by where they stand. A
+            sequence names them by position.
+        spec: what the model expects; None skips the check.
+        seed, shuffle: of the order.
+    """
+    if isinstance(sources, Mapping):
+        named = sorted(sources.items())
+    else:
+        named = [(str(number), source) for number, source in enumerate(sources)]
+    opened = tuple(open_source(source, spec, name) for name, source in named if source.weight)
+    if not opened:
+        raise UserError(
+            "a stage needs at least one source of a positive weight in config.stage.<name>.sources"
+        )
+    return Mixture(opened, seed, shuffle)

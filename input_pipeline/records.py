@@ -6,6 +6,7 @@ A folder of records holds
     manifest.json                       schema version, MediaSpec, counts, sha256 of every shard
     samples.jsonl                       one line per sample: its record, number, id, task, source, conversations
     rejected.jsonl                      one line per manifest line that failed: path, id, reason, stage
+    lengths/                            token lengths of the samples, kept by training (see lengths.py)
 
 It is written beside its final place, shard by shard, and renamed when complete: a folder that has its name is
 whole (see working_folder.py). A finished shard has a sidecar there, so that a killed run can be taken up.
@@ -44,6 +45,7 @@ WRITER_OPTIONS = "group_size:1"  # Random access reads one record and not its ne
 MANIFEST, SAMPLES, REJECTED = "manifest.json", "samples.jsonl", "rejected.jsonl"
 OPEN_SHARDS = 256  # Of a process, which may open 1024 files on most systems. Opening one anew takes 40 us.
 SIDECAR = ".json"  # Behind a shard's name; a finished folder holds none.
+LENGTHS = "lengths"  # What training computes once and keeps; not part of the records.
 # max_intervals is not baked into a record: times are parsed from the question when it is loaded.
 BAKED_FIELDS = ("num_frames", "image_size", "sampler", "window_frames", "max_windows")
 
@@ -411,7 +413,7 @@ def check_spec(made: MediaSpec, wanted: MediaSpec, directory: str | os.PathLike[
 
 def is_record_file(name: str) -> bool:
     """Whether a file of this name belongs to a folder of records."""
-    return name in (MANIFEST, SAMPLES, REJECTED) or (
+    return name in (MANIFEST, SAMPLES, REJECTED, LENGTHS) or (
         name.startswith("shard-") and name.endswith(".array_record")
     )
 

@@ -1,7 +1,9 @@
 """The glossary: every array that crosses from the input pipeline to a model, with shape, dtype and unit.
 
-Letters used in shapes everywhere in this project: b batch, t frames, w audio windows, s samples per window,
-i intervals, l text length, n media tokens, d width; of cached features p tokens per frame, k tokens per window.
+Letters used in shapes everywhere in this project: b batch (rows of text), c clips (media of the batch; c = b
+unless rows are packed with k clips each, then c = b * k and row r has the clips r * k .. r * k + k - 1), t
+frames, w audio windows, s samples per window, i intervals, l text length, n media tokens, d width;
+of cached features p tokens per frame, k tokens per window.
 """
 
 from __future__ import annotations
@@ -23,24 +25,27 @@ class Batch(TypedDict, total=False):
     `frame_features` stands in for `frames`, `audio_features` for `audio`, when records of features are read.
     """
 
-    frames: np.ndarray  # uint8 [b t h w 3], RGB
-    frame_features: np.ndarray  # bf16 [b t p d], what the picture encoder gives for `frames`
-    frame_times: np.ndarray  # f32 [b t], seconds from the start of the media
-    frame_mask: np.ndarray  # bool [b t]
-    audio: np.ndarray  # f32 [b w s], 16 kHz mono in [-1, 1]
-    audio_features: np.ndarray  # bf16 [b w k d], what the sound encoder gives for `audio`
+    frames: np.ndarray  # uint8 [c t h w 3], RGB
+    frame_features: np.ndarray  # bf16 [c t p d], what the picture encoder gives for `frames`
+    frame_times: np.ndarray  # f32 [c t], seconds from the start of the media
+    frame_mask: np.ndarray  # bool [c t]
+    audio: np.ndarray  # f32 [c w s], 16 kHz mono in [-1, 1]
+    audio_features: np.ndarray  # bf16 [c w k d], what the sound encoder gives for `audio`
     audio_spans: (
         np.ndarray
-    )  # f32 [b w 2], seconds; end - start = valid audio of the window, the rest is padding
-    audio_mask: np.ndarray  # bool [b w]
-    intervals: np.ndarray  # f32 [b i 2], seconds: the times the question names, or [0, duration]
-    interval_mask: np.ndarray  # bool [b i]
-    duration: np.ndarray  # f32 [b], seconds
+    )  # f32 [c w 2], seconds; end - start = valid audio of the window, the rest is padding
+    audio_mask: np.ndarray  # bool [c w]
+    intervals: np.ndarray  # f32 [c i 2], seconds: the times the question names, or [0, duration]
+    interval_mask: np.ndarray  # bool [c i]
+    duration: np.ndarray  # f32 [c], seconds
     tokens: np.ndarray  # i32 [b l], right-padded; media tokens are a run of one reserved id
     loss_mask: np.ndarray  # bool [b l]; True at j: token j is a target, predicted from position j - 1
     positions: np.ndarray  # i32 [b l], counted from 0 within a segment
     segment_ids: np.ndarray  # i32 [b l], 0 = padding, 1.. = sequences packed into the row
 
+
+# Arrays with one entry per row of text; all others have one per clip.
+TEXT_KEYS = ("tokens", "loss_mask", "positions", "segment_ids")
 
 FEATURE_DTYPE = np.dtype(ml_dtypes.bfloat16)
 
@@ -104,20 +109,21 @@ class MediaSpec:
         return FBANK_FRAME_SHIFT * self.window_frames
 
     def batch_shapes(
-        self, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
+        self, batch_size: int, length: int, *, clips_per_row: int = 1, features: FeatureShapes = PIXELS
     ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of every array of a batch of `batch_size` rows of `length` text positions."""
         b, t, h, w, i = batch_size, self.num_frames, self.image_size, self.max_windows, self.max_intervals
+        c = b * clips_per_row
         shapes: dict[str, tuple[tuple[int, ...], type]] = {
-            "frames": ((b, t, h, h, 3), np.uint8),
-            "frame_times": ((b, t), np.float32),
-            "frame_mask": ((b, t), np.bool_),
-            "audio": ((b, w, self.window_samples), np.float32),
-            "audio_spans": ((b, w, 2), np.float32),
-            "audio_mask": ((b, w), np.bool_),
-            "intervals": ((b, i, 2), np.float32),
-            "interval_mask": ((b, i), np.bool_),
-            "duration": ((b,), np.float32),
+            "frames": ((c, t, h, h, 3), np.uint8),
+            "frame_times": ((c, t), np.float32),
+            "frame_mask": ((c, t), np.bool_),
+            "audio": ((c, w, self.window_samples), np.float32),
+            "audio_spans": ((c, w, 2), np.float32),
+            "audio_mask": ((c, w), np.bool_),
+            "intervals": ((c, i, 2), np.float32),
+            "interval_mask": ((c, i), np.bool_),
+            "duration": ((c,), np.float32),
             "tokens": ((b, length), np.int32),
             "loss_mask": ((b, length), np.bool_),
             "positions": ((b, length), np.int32),
@@ -125,18 +131,24 @@ class MediaSpec:
         }
         if features.video:
             del shapes["frames"]
-            shapes["frame_features"] = ((b, t, *features.video), FEATURE_DTYPE)
+            shapes["frame_features"] = ((c, t, *features.video), FEATURE_DTYPE)
         if features.audio:
             del shapes["audio"]
-            shapes["audio_features"] = ((b, w, *features.audio), FEATURE_DTYPE)
+            shapes["audio_features"] = ((c, w, *features.audio), FEATURE_DTYPE)
         return {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in shapes.items()}
 
 
 def check_batch(
-    batch: Batch, spec: MediaSpec, batch_size: int, length: int, *, features: FeatureShapes = PIXELS
+    batch: Batch,
+    spec: MediaSpec,
+    batch_size: int,
+    length: int,
+    *,
+    clips_per_row: int = 1,
+    features: FeatureShapes = PIXELS,
 ) -> None:
     """Raises ValueError naming the key, what it should be and what it is, if `batch` is not of `spec`."""
-    expected = spec.batch_shapes(batch_size, length, features=features)
+    expected = spec.batch_shapes(batch_size, length, clips_per_row=clips_per_row, features=features)
     for key in sorted(expected.keys() | batch.keys()):
         if key not in batch:
             raise ValueError(f"batch lacks {key!r}; a missing modality is a False mask, not a missing key")

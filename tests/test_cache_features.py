@@ -390,12 +390,13 @@ def test_the_7b_system_reads_features_of_its_bf16_encoders() -> None:
 
 
 def train(tokenizer: Path, records: str, workdir: Path, *more: str, stage: str = "2b") -> list[str]:
+    (source,) = load_config(f"{CONFIG}:size=demo").stage[stage].sources
     overrides = [
         *SIZES,
         f"text.tokenizer={tokenizer}",
         "log_every=1",
-        f"stage.{stage}.sources.0.records={records}",
-        f"stage.{stage}.sources.0.tasks=()",
+        f"stage.{stage}.sources.{source}.records={records}",
+        f"stage.{stage}.sources.{source}.tasks=()",
         f"stage.{stage}.parent=",
         f"stage.{stage}.max_length=0",
         f"stage.{stage}.steps=10",

@@ -163,6 +163,22 @@ def test_to_dataclass_builds_nested_ones_and_fits_types() -> None:
     assert isinstance(to_dataclass(Pair, section).left.rate, float)
 
 
+@dataclasses.dataclass(frozen=True)
+class Village:
+    towers: dict[str, Tower]
+
+
+def test_to_dataclass_builds_the_values_of_a_mapping() -> None:
+    towers = {"north": {"width": 3}, "south": {"width": 4, "rate": 1}}
+    assert to_dataclass(Village, ConfigDict({"towers": towers})) == Village(
+        {"north": Tower(3), "south": Tower(4, 1.0)}
+    )
+    with pytest.raises(ConfigError, match="config.towers.south has no field 'widht'; did you mean 'width'"):
+        to_dataclass(Village, ConfigDict({"towers": {"south": {"widht": 4}}}), "config")
+    with pytest.raises(ConfigError, match="config.towers is tuple"):
+        to_dataclass(Village, ConfigDict({"towers": ()}), "config")
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

@@ -32,6 +32,7 @@ from input_pipeline.conversation import load_tokenizer
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records
 
 STEPS = {"1a": 3, "2b": 24}
+SOURCE = {"1a": "visual_caption", "2b": "mcq"}
 SAVE_EVERY = 8
 SAMPLES, BATCH = 3, 2  # Which samples a batch holds depends on the position in the data.
 # Two stages of the recipe. 2b is kept from the visual part here, so that its result shows what 1a had learnt;
@@ -70,7 +71,12 @@ class Run:
         return folder
 
     def assert_ended_alike(self, workdir: Path) -> None:
-        for name in (METRICS_FILE, f"final/{TREE_FILE}", "final/config.json", "final/metadata.json"):
+        expected, found = (
+            [{key: value for key, value in line.items() if key != "data_wait"} for line in read_metrics(path)]
+            for path in (self.workdir / "2b", workdir / "2b")
+        )
+        assert found == expected
+        for name in (f"final/{TREE_FILE}", "final/config.json", "final/metadata.json"):
             expected, found = ((folder / "2b" / name).read_bytes() for folder in (self.workdir, workdir))
             assert found == expected, f"{name} differs"
 
@@ -82,7 +88,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     assembly = assemble(tiny_config(tokenizer))
     records = write_records(place / "records", assembly.system.spec, videos=SAMPLES, questions=1)
     sources = [
-        f"stage.{stage}.sources.0.{key}" for stage in STEPS for key in (f"records={records}", "tasks=()")
+        f"stage.{stage}.sources.{SOURCE[stage]}.{key}"
+        for stage in STEPS
+        for key in (f"records={records}", "tasks=()")
     ]
     # A fresh language model says everything with the same probability, and adapters alone do not change that.
     llm = {
@@ -130,7 +138,9 @@ def test_every_step_is_in_the_trace(run: Run) -> None:
         lines = read_metrics(run.workdir / stage)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         for line in lines:
-            assert set(line) == {"step", "loss", "accuracy", "targets", "grad_norm", "lr"}
+            values = {"step", "loss", "accuracy", "targets", "grad_norm", "lr", "data_wait"}
+            assert set(line) == values | {f"samples/{SOURCE[stage]}"}
+            assert line[f"samples/{SOURCE[stage]}"] == BATCH and 0 <= line["data_wait"] <= 1
             assert np.isfinite(line["loss"]) and line["grad_norm"] > 0 and 0 <= line["accuracy"] <= 1
     assert (
         lines[0]["lr"] == pytest.approx(0.01) and lines[-1]["lr"] < 0.0001
@@ -160,6 +170,7 @@ def test_a_stage_publishes_all_that_was_learnt_and_its_lineage(run: Run) -> None
     )  # They began at zero.
     assert first_meta["parent"] is None and last_meta["parent"] == first_meta["hash"] != last_meta["hash"]
     assert (first_meta["stage"], last_meta["stage"]) == ("1a", "2b")
+    assert last_meta["data"]["mcq"]["samples"] == last_meta["data"]["mcq"]["per_epoch"] == SAMPLES
     assert last_meta["steps"] == STEPS["2b"] and {"jax", "flax", "avlm_jax"} <= set(last_meta["versions"])
     assert first_config == last_config and last_config["stage"]["2b"]["optim"]["lr"] == 0.01
 
@@ -188,8 +199,11 @@ def test_a_stage_begins_from_its_parents_result(
 
 def test_a_stage_can_merge_the_adapter_and_begin_with_a_fresh_one(run: Run, tmp_path: Path) -> None:
     shutil.copytree(run.workdir / "2b", tmp_path / "2b")
-    source = override_of(run, "stage.2b.sources.0.records")
-    sources = [f"stage.2a.sources.{n}.{key}" for n in range(3) for key in (f"records={source}", "tasks=()")]
+    source = override_of(run, "stage.2b.sources.mcq.records")
+    names = ("av_caption", "av_pairs", "open_qa")
+    sources = [
+        f"stage.2a.sources.{name}.{key}" for name in names for key in (f"records={source}", "tasks=()")
+    ]
     settings = ("stages=2a", "stage.2a.parent=2b", "stage.2a.steps=2", "stage.2a.batch_size=2")
     command = run.command(tmp_path, *settings, "stage.2a.fresh_lora=True", "stage.2a.max_length=0", *sources)
     assert cli.main(command) == 0
@@ -341,6 +355,31 @@ def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
     run.assert_ended_alike(workdir)
 
 
+def test_rows_can_be_packed_and_batches_be_of_one_length(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stage 1a once more: two clips a row, then rows that are as long as their bucket."""
+    options = ("stages=1a", "stage.1a.steps=0", "stage.1a.epochs=3.0")
+    packed = ("stage.1a.pack=2", "stage.1a.max_length=320")
+    assert cli.main(run.command(tmp_path / "packed", *options, *packed)) == 0
+    printed = capsys.readouterr().out
+    assert "source visual_caption: 3 samples, 3 an epoch" in printed
+    assert "an epoch: 3 samples in 2 rows of 320 positions" in printed and "75.0% of 2 clips a row" in printed
+    lines = read_metrics(tmp_path / "packed" / "1a")
+    # Three epochs of two rows are three steps of two rows, with all nine samples.
+    assert [line["samples/visual_caption"] for line in lines] == [3, 3, 3]
+    assert {line["targets"] for line in lines} == {3 * (len("b (B)") + 2)}
+    assert cli.main(run.command(tmp_path / "buckets", *options, "stage.1a.buckets=(64,150)")) == 0
+    assert "rows of 64, 150 or 160 positions" in capsys.readouterr().out
+    lines = read_metrics(tmp_path / "buckets" / "1a")
+    # Nine samples in rows of two: the last step is filled up from the fourth epoch.
+    assert [line["samples/visual_caption"] for line in lines] == [2] * 5
+    assert cli.main(run.command(tmp_path / "both", *options, *packed, "stage.1a.buckets=64")) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert cli.main(run.command(tmp_path / "short", *options, "stage.1a.max_length=60")) == 2
+    assert "3 samples do not fit 60 tokens" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
     run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,12 +409,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
 KILLED = """
 import os, signal, sys
 from avlm_jax import cli, train
-put_batch, asked = train.put_batch, iter(range(1, 1000))
-def put(batch, mesh):
-    if next(asked) == {step}:
+learning_rate = train.learning_rate
+def rate(config, step, total):
+    if step + 1 == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-    return put_batch(batch, mesh)
-train.put_batch = put
+    return learning_rate(config, step, total)
+train.learning_rate = rate
 sys.exit(cli.main(sys.argv[1:]))
 """
 

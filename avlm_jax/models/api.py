@@ -26,8 +26,13 @@ SYSTEMS = ("savenvideo",)
 class MediaTokens(NamedTuple):
     """What the language model gets in place of the media placeholders; masked tokens are seen by nobody."""
 
-    embeddings: Float[Array, "b n d"]
-    mask: Bool[Array, "b n"]
+    embeddings: Float[Array, "c n d"]
+    mask: Bool[Array, "c n"]
+
+    def by_row(self, rows: int) -> MediaTokens:
+        """Those of a row's clips end to end, [b k*n d]: row r has the clips r k .. r k + k - 1 (see `Batch`)."""
+        _, _, width = self.embeddings.shape
+        return MediaTokens(self.embeddings.reshape(rows, -1, width), self.mask.reshape(rows, -1))
 
 
 class EncoderSpec(NamedTuple):
@@ -84,10 +89,11 @@ class System(nn.Module):
     def spliced(self, batch: dict[str, Array]) -> tuple[Float[Array, "b l d"], Int[Array, "b l"]]:
         """Input embeddings with the media in place, and segment ids in which masked media are padding."""
         llm: Decoder = self.llm
-        media = self.media_tokens(batch)
+        tokens = batch["tokens"]
+        media = self.media_tokens(batch).by_row(tokens.shape[0])
         # The placeholder's row, which splice would overwrite, may not exist.
-        text = jnp.where(batch["tokens"] == self.media_token_id, 0, batch["tokens"])
-        return splice(llm.embed(text), batch["tokens"], batch["segment_ids"], media, self.media_token_id)
+        text = jnp.where(tokens == self.media_token_id, 0, tokens)
+        return splice(llm.embed(text), tokens, batch["segment_ids"], media, self.media_token_id)
 
     def loss_sums(self, batch: dict[str, Array], chunk: int) -> tuple[Array, Array, Array]:
         """(summed loss, number of targets, number predicted right) over `batch["loss_mask"]`, fp32 scalars."""
@@ -145,7 +151,8 @@ def splice(
     """Writes the i-th media token over the i-th placeholder of its row.
 
     Masked media tokens become padding (segment 0), so that no other position can look at them. The loader guarantees
-    either no placeholder or exactly n per row.
+    either no placeholder or exactly n per segment, and that segment j has the row's clip j; slots without a clip
+    come last.
     """
     here = tokens == media_token_id
     index = jnp.clip(jnp.cumsum(here, axis=1) - 1, 0, media.embeddings.shape[1] - 1)

@@ -104,7 +104,7 @@ class SampleBuilder:
             _mask(arrays, AUDIO_KEYS)
         frames, windows = int(arrays["frame_mask"].sum()), int(arrays["audio_mask"].sum())
         try:
-            text = self._encode(sample, sample_id)
+            text = self.encode(sample)
         except DoesNotFit as error:
             spans = self.intervals(sample, float(arrays["duration"]))
             plan = dataclasses.replace(
@@ -142,14 +142,16 @@ class SampleBuilder:
         """A row of which nothing is valid: every mask False, every segment id 0."""
         shapes = self.spec.batch_shapes(1, self.max_length, features=self.features)
         arrays = {key: np.zeros(shape[1:], dtype) for key, (shape, dtype) in shapes.items()}
-        arrays["tokens"] += self._padding_id
+        arrays["tokens"] += self.padding_id
         return Row(arrays, None, None)
 
     @property
-    def _padding_id(self) -> int:
+    def padding_id(self) -> int:
+        """Token of positions that nobody looks at."""
         return self.tokenizer.pad_token_id or 0
 
-    def _encode(self, sample: Mapping[str, Any], sample_id: str) -> EncodedText:
+    def encode(self, sample: Mapping[str, Any]) -> EncodedText:
+        """Ids of a sample's conversation (its prompt, if `prompt`); its media are not needed."""
         encode = encode_prompt if self.prompt else encode_conversation
         return encode(
             self.tokenizer,
@@ -159,7 +161,7 @@ class SampleBuilder:
             max_length=self.max_length,
             template=self.template,
             system=self.system,
-            sample_id=sample_id,
+            sample_id=sample.get("id", ""),
         )
 
     def _interval_arrays(self, spans: list[tuple[float, float]]) -> dict[str, np.ndarray]:
@@ -170,7 +172,7 @@ class SampleBuilder:
     def _text_arrays(self, text: EncodedText) -> dict[str, np.ndarray]:
         length = len(text.tokens)
         valid = np.arange(self.max_length) < length
-        tokens = np.full(self.max_length, self._padding_id, np.int32)
+        tokens = np.full(self.max_length, self.padding_id, np.int32)
         tokens[:length] = text.tokens
         loss_mask = np.zeros(self.max_length, np.bool_)
         loss_mask[:length] = text.loss_mask

@@ -82,7 +82,7 @@ def workdir(place: Path, records: Path, language_model: Path) -> Path:
     command = ["train", "--config", f"{CONFIG}:size=demo,stage=2b", "--workdir", str(place / "run")]
     command += overrides(*SYSTEM, f"text.tokenizer={language_model}", f"init.llm={language_model}")
     command += overrides("stage.2b.parent=", "stage.2b.max_length=0", "stage.2b.optim.lr=0.01")
-    command += overrides(f"stage.2b.sources.0.records={records}", "stage.2b.sources.0.tasks=()")
+    command += overrides(f"stage.2b.sources.mcq.records={records}", "stage.2b.sources.mcq.tasks=()")
     command += overrides(f"stage.2b.steps={STEPS}", f"stage.2b.batch_size={sum(map(len, TURNS.values()))}")
     assert cli.main(command) == 0
     return place / "run"

@@ -46,10 +46,20 @@ def spec() -> MediaSpec:
 
 @pytest.fixture(scope="session")
 def make_records(spec):
-    """(folder, number of records, ...) -> folder; a record has two samples, "<name>-<record>-<sample>"."""
+    """(folder, number of records, ...) -> folder; a record has two samples, "<name>-<record>-<sample>".
+
+    `words`: the questions are longer by 0, 1, 2, 3 times so many words, in turn.
+    """
 
     def make(
-        folder, count: int, *, name: str = "s", video: bool = True, audio: bool = True, tasks=("one", "two")
+        folder,
+        count: int,
+        *,
+        name: str = "s",
+        video: bool = True,
+        audio: bool = True,
+        tasks=("one", "two"),
+        words: int = 0,
     ) -> str:
         records = []
         for number in range(count):
@@ -66,7 +76,11 @@ def make_records(spec):
                     "id": f"{name}-{number}-{index}",
                     "task": task,
                     "conversations": [
-                        {"from": "human", "value": f"<video>\nAt 00:01, what is heard in {number}?"},
+                        {
+                            "from": "human",
+                            "value": f"<video>\nAt 00:01, what is heard in {number}?"
+                            + " bell" * (words * ((2 * number + index) % 4)),
+                        },
                         {"from": "gpt", "value": f"sound {number}.{index}"},
                     ],
                 }

@@ -7,16 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from input_pipeline.conversation import DoesNotFit, find_media_token_id
+from input_pipeline.conversation import find_media_token_id
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader, iter_eval, num_eval_batches
 from input_pipeline.mixture import SourceConfig, open_mixture
 from input_pipeline.records import RecordReader
-from input_pipeline.spec import check_batch
+from input_pipeline.spec import TEXT_KEYS, check_batch
 from input_pipeline.transforms.media import decode_record
 from input_pipeline.transforms.sample import SampleBuilder
 
 LENGTH = 160
+MODES = {"plain": {}, "buckets": {"buckets": (60, 80)}, "packed": {"pack": 3}}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def builder(tokenizer, spec) -> SampleBuilder:
 def sources(tmp_path_factory, make_records) -> list[SourceConfig]:
     root = tmp_path_factory.mktemp("loader")
     return [
-        SourceConfig(make_records(root / "a", 5, name="a")),
-        SourceConfig(make_records(root / "b", 3, name="b"), modalities=("audio",)),
-        SourceConfig(make_records(root / "c", 2, name="c", audio=False), weight=0.5),
+        SourceConfig(make_records(root / "a", 5, name="a", words=10)),
+        SourceConfig(make_records(root / "b", 3, name="b", words=10), modalities=("audio",)),
+        SourceConfig(make_records(root / "c", 2, name="c", audio=False, words=10), weight=0.5),
     ]
 
 
@@ -98,25 +99,27 @@ def test_order_does_not_depend_on_threads(sources, builder):
 def test_epochs_visit_each_sample_once(sources, builder):
     two = [dataclasses.replace(source, weight=1.0) for source in sources]
     with Loader(two, builder, batch_size=4, seed=1) as loader:
-        assert loader.batches_per_epoch == 5
+        assert loader.batches_in(1) == 5
         for epoch in range(3):
             ids = [name for n in range(5 * epoch, 5 * epoch + 5) for name in loader.sample_ids(n)]
             assert len(ids) == 20 == len(set(ids))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("threads", [0, 2])
-def test_resume_at_any_step_gives_the_same_batches(sources, builder, threads):
-    expected, _ = _take(9, sources, builder)
+def test_resume_at_any_step_gives_the_same_batches(sources, builder, threads, mode):
+    options = MODES[mode]
+    expected, _ = _take(9, sources, builder, **options)
     for step in range(9):
-        with Loader(sources, builder, batch_size=4, seed=7, threads=threads) as loader:
+        with Loader(sources, builder, batch_size=4, seed=7, threads=threads, **options) as loader:
             for _ in range(step):
                 next(loader)
             state = loader.state()
         assert state["next_batch"] == step
-        with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        with Loader(sources, builder, batch_size=4, seed=7, **options) as loader:
             loader.restore(state)
             _assert_equal([next(loader) for _ in range(9 - step)], expected[step:])
-        batches, _ = _take(9 - step, sources, builder, start_batch=step)
+        batches, _ = _take(9 - step, sources, builder, start_batch=step, **options)
         _assert_equal(batches, expected[step:])
 
 
@@ -156,6 +159,8 @@ def test_state_of_another_order_is_refused(sources, builder):
         ({"seed": 8}, "seed was 7 and is now 8"),
         ({"batch_size": 2}, "batch_size was 4 and is now 2"),
         ({"sources": sources[:2]}, "fingerprint"),
+        ({"pack": 2}, "fingerprint"),
+        ({"buckets": (60,)}, "fingerprint"),
     ):
         kwargs = {"sources": sources, "batch_size": 4, "seed": 7, **changed}
         with Loader(kwargs.pop("sources"), builder, **kwargs) as loader:
@@ -163,21 +168,32 @@ def test_state_of_another_order_is_refused(sources, builder):
                 loader.restore(state)
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_out_the_global_batch(sources, builder, count):
-    expected, ids = _take(6, sources, builder)
-    shares = [_take(6, sources, builder, process_index=i, process_count=count) for i in range(count)]
+def test_processes_share_out_the_global_batch(sources, builder, count, mode):
+    options = MODES[mode]
+    clips = options.get("pack", 1)
+    expected, ids = _take(6, sources, builder, **options)
+    shares = [
+        _take(6, sources, builder, process_index=i, process_count=count, **options) for i in range(count)
+    ]
     for step in range(6):
         assert sorted(name for _, names in shares for name in names[step]) == sorted(ids[step])
-        for index, (batches, names) in enumerate(shares):
-            assert names[step] == ids[step][index::count]
+        for index, (batches, _) in enumerate(shares):
             for key, value in batches[step].items():
-                np.testing.assert_array_equal(value, expected[step][key][index::count], err_msg=key)
+                rows = expected[step][key]
+                if key not in TEXT_KEYS:  # By row, then by slot.
+                    rows = rows.reshape(-1, clips, *rows.shape[1:])
+                    value = value.reshape(-1, clips, *value.shape[1:])
+                np.testing.assert_array_equal(value, rows[index::count], err_msg=key)
     # A state saved by one of two processes continues on one.
-    with Loader(sources, builder, batch_size=4, seed=7, process_index=1, process_count=2) as loader:
+    with Loader(
+        sources, builder, batch_size=4, seed=7, process_index=1, process_count=2, **options
+    ) as loader:
         next(loader)
         state = loader.state()
-    with Loader(sources, builder, batch_size=4, seed=7) as loader:
+        assert loader.state(5) == {**state, "next_batch": 5}
+    with Loader(sources, builder, batch_size=4, seed=7, **options) as loader:
         loader.restore(state)
         _assert_equal([next(loader)], expected[1:2])
 
@@ -187,10 +203,61 @@ def test_batch_that_does_not_divide_among_processes(sources, builder):
         Loader(sources, builder, batch_size=4, process_count=3)
 
 
-def test_worker_processes_keep_the_order(sources, builder):
-    expected, _ = _take(5, sources, builder)
-    batches, _ = _take(4, sources, builder, workers=2, threads=1, start_batch=1)
+# Each worker process takes seconds to start.
+@pytest.mark.parametrize(
+    ("workers", "mode"),
+    [
+        (1, "packed"),
+        (2, "plain"),
+        pytest.param(2, "packed", marks=pytest.mark.slow),
+        pytest.param(4, "plain", marks=pytest.mark.slow),
+        pytest.param(4, "buckets", marks=pytest.mark.slow),
+        pytest.param(4, "packed", marks=pytest.mark.slow),
+    ],
+)
+def test_worker_processes_keep_the_order(sources, builder, workers, mode):
+    expected, _ = _take(6, sources, builder, **MODES[mode])
+    batches, _ = _take(5, sources, builder, workers=workers, threads=1, start_batch=1, **MODES[mode])
     _assert_equal(batches, expected[1:])
+
+
+def test_batches_of_a_bucket_are_as_long_as_it_is(sources, builder):
+    batches, _ = _take(30, sources, builder, **MODES["buckets"])
+    found = [batch["tokens"].shape[1] for batch in batches]
+    assert set(found) == {60, 80, LENGTH}
+    for batch, length in zip(batches, found, strict=True):
+        longest = (batch["segment_ids"] > 0).sum(axis=1).max()
+        assert length == min(bucket for bucket in (60, 80, LENGTH) if bucket >= longest)
+        assert batch["positions"].shape == batch["loss_mask"].shape == (4, length)
+
+
+def test_packed_rows_hold_whole_samples_end_to_end(sources, builder, spec):
+    with Loader(sources, builder, batch_size=2, seed=7, pack=3) as loader:
+        for _ in range(5):
+            rows = loader.next_rows()
+            check_batch(rows.batch, spec, 2, LENGTH, clips_per_row=3)
+            assert len(rows.samples) == 6
+            for row in range(2):
+                segments = rows.batch["segment_ids"][row]
+                members = [sample for sample in rows.samples[3 * row : 3 * row + 3] if sample is not None]
+                assert segments.max() == len(members) > 0
+                for number, sample in enumerate(members, 1):
+                    clip, here = 3 * row + number - 1, segments == number
+                    answer = _answer(builder, rows.batch["tokens"][row], here & rows.batch["loss_mask"][row])
+                    assert answer == sample["conversations"][1]["value"] + "<|im_end|>\n"
+                    assert rows.batch["positions"][row][here].tolist() == list(range(here.sum()))
+                    assert (rows.batch["tokens"][row][here] == builder.media_token_id).sum() == 5
+                    source, record, _ = sample["id"].split("-")
+                    expected = (int(record) + 1) / 1024 if source != "c" else 0.0
+                    assert rows.batch["audio"][clip, 0, 0] == expected
+                for clip in range(3 * row + len(members), 3 * row + 3):
+                    for key in ("frame_mask", "audio_mask", "interval_mask", "frames", "audio"):
+                        assert not rows.batch[key][clip].any()
+        counts = loader.count_samples(0, 5)
+        assert sum(counts.values()) == sum(loader.num_samples(batch) for batch in range(5))
+        names = [name for batch in range(5) for name in loader.sample_ids(batch, whole=True)]
+        assert counts == {str(i): sum(n.startswith(x) for n in names) for i, x in enumerate("abc")}
+        assert "rows of 160 positions" in loader.describe() and "of 3 clips a row" in loader.describe()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -231,16 +298,24 @@ def test_text_alone_shows_no_media(sources, builder):
     assert (batch["tokens"] == builder.media_token_id).sum() == 4 * 5
 
 
-def test_what_does_not_fit_is_refused_by_name_with_its_plan(sources, builder):
+def test_what_does_not_fit_is_refused_by_name_before_anything_is_read(sources, builder):
     small = dataclasses.replace(builder, max_length=20)
-    for threads in (0, 2):
-        with Loader(sources, small, batch_size=4, seed=7, threads=threads) as loader:
-            with pytest.raises(DoesNotFit) as caught:
-                next(loader)
-            assert caught.value.sample_id in loader.sample_ids(0)
-            plan = caught.value.plan
-            assert (plan.time_tokens, plan.media_tokens, plan.limit) == (2, 5, 20)
-            assert (plan.frames, plan.audio_windows) in {(2, 1), (0, 1), (2, 0)}
+    with pytest.raises(UserError) as caught:
+        Loader(sources, small, batch_size=4, seed=7)
+    needed = len(builder.encode(RecordReader(sources[0].records).samples[0]).tokens)
+    for part in (
+        "20 samples do not fit 20 tokens",
+        "10 of 10 of source '0'",
+        f"'a-0-0' needs {needed} = 5 media + {needed - 5} text",
+        "and 2 more",
+        "max_length",
+        'oversize="leave_out"',
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(UserError, match="source '0': none of its 10 samples fits 20 tokens"):
+        Loader(sources, small, batch_size=4, oversize="leave_out")
+    with pytest.raises(UserError, match="oversize is 'drop'"):
+        Loader(sources, small, batch_size=4, oversize="drop")
 
 
 def test_dropped_rounds_are_counted_and_their_times_forgotten(sources, builder):

@@ -31,8 +31,8 @@ def folders(tmp_path_factory, make_records) -> dict[str, str]:
 
 
 def _epoch(mixture, epoch: int) -> list[int]:
-    order, length = mixture.order(), mixture.epoch_length
-    return [order[position] for position in range(epoch * length, (epoch + 1) * length)]
+    length = mixture.epoch_length
+    return [mixture.at(position) for position in range(epoch * length, (epoch + 1) * length)]
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -135,7 +135,8 @@ def test_misprepared_records_are_named(folders, spec):
         ({"modalities": ("vision",)}, "unknown modalities"),
         ({"modalities": "video"}, r"write \('video',\)"),
         ({"tasks": "one"}, r"write \('one',\)"),
-        ({"weight": 0}, "weight is 0"),
+        ({"weight": -1}, "weight is -1"),
+        ({"weight": float("nan")}, "weight is nan"),
     ],
 )
 def test_bad_source_config(fields, message):
@@ -147,7 +148,43 @@ def test_missing_folder_and_empty_mixture(tmp_path):
     with pytest.raises(UserError, match="nowhere.*avlm prepare"):
         open_source(SourceConfig(str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="at least one source"):
-        open_mixture([])
+        open_mixture({})
+
+
+def test_sources_go_by_their_names(folders):
+    sources = {"x": SourceConfig(folders["b"]), "a": SourceConfig(folders["a"], weight=2)}
+    mixture = open_mixture(sources, seed=1)
+    assert [source.name for source in mixture.sources] == ["a", "x"]
+    assert mixture.shares == {"a": 20, "x": 6}
+    turned = open_mixture(dict(reversed(sources.items())), seed=1)
+    assert turned.fingerprint(4) == mixture.fingerprint(4)
+    assert _epoch(turned, 0) == _epoch(mixture, 0)
+
+
+def test_a_source_of_no_weight_is_left_out(folders, tmp_path):
+    gone = SourceConfig(str(tmp_path / "gone"), weight=0)
+    mixture = open_mixture({"a": SourceConfig(folders["a"]), "gone": gone})
+    assert [source.name for source in mixture.sources] == ["a"]
+    with pytest.raises(UserError, match="at least one source"):
+        open_mixture({"gone": gone})
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_epochs_as_a_whole_are_the_positions_one_by_one(folders, shuffle):
+    sources = [
+        SourceConfig(folders["a"], weight=0.7),
+        SourceConfig(folders["b"], weight=2),
+        SourceConfig(folders["silent"], weight=1.5),
+    ]
+    mixture = open_mixture(sources, seed=3, shuffle=shuffle)
+    assert not mixture.whole_passes
+    for epoch in range(5):
+        assert mixture.epoch(epoch).tolist() == _epoch(mixture, epoch)
+    length = mixture.epoch_length
+    assert mixture.numbers(length - 3, 3 * length + 2).tolist() == [
+        mixture.at(position) for position in range(length - 3, 3 * length + 2)
+    ]
+    assert mixture.numbers(5, 5).tolist() == []
 
 
 def test_fingerprint_follows_what_the_order_depends_on(folders):

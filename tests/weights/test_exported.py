@@ -112,10 +112,10 @@ def test_training_goes_on_from_an_import(tmp_path):
     out = export_model(tiny.config, learnt_of(tiny), tmp_path / "out", metadata=METADATA)
     import_exported(out, tmp_path / "in")
     records = write_records(tmp_path / "records", tiny.system.spec, videos=2, questions=1)
-    stage = {"parent": "imported", "steps": 1, "batch_size": 2, "sources.0.records": records}
+    stage = {"parent": "imported", "steps": 1, "batch_size": 2, "sources.mcq.records": records}
     changes = [f"stage.2b.{key}={value}" for key, value in stage.items()]
     config = checkpoint_config(tmp_path / "in" / "imported" / "final")
-    config = apply_overrides(config, ["stages=2b", "stage.2b.sources.0.tasks=()", *changes])
+    config = apply_overrides(config, ["stages=2b", "stage.2b.sources.mcq.tasks=()", *changes])
     final = train(config, tmp_path / "in")["2b"]
     tree, _, metadata = load_tree(final)
     imported, _, origin = load_tree(tmp_path / "in" / "imported" / "final")

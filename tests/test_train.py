@@ -21,7 +21,7 @@ from avlm_jax import cli, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
 from avlm_jax.checkpoint import TREE_FILE, load_tree
-from avlm_jax.config import ConfigError, config_from_json, load_config
+from avlm_jax.config import ConfigError, config_from_json, config_to_json, load_config, to_dataclass
 from avlm_jax.generate import load_model
 from avlm_jax.lineage import load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
@@ -131,6 +131,22 @@ def saved_steps(workdir: Path) -> list[int]:
     return sorted(
         int(path.name) for path in (workdir / "2b" / "checkpoints").iterdir() if path.name.isdigit()
     )
+
+
+def test_sources_are_reached_by_their_names() -> None:
+    overrides = [
+        "stage.2a.sources.vggsound.weight=0.5",
+        "stage.2a.buckets=512,1024",
+        "stage.2a.oversize=leave_out",
+    ]
+    config = load_config(f"{CONFIG}:size=7b", overrides)
+    for form in (config, config_from_json(config_to_json(config))):
+        stage = to_dataclass(train.StageConfig, form.stage["2a"])
+        weights = {name: source.weight for name, source in stage.sources.items()}
+        assert weights == {"internvid": 1.0, "vggsound": 0.5, "videoinstruct": 1.0}
+        assert (stage.buckets, stage.pack, stage.oversize) == ((512, 1024), 1, "leave_out")
+    with pytest.raises(ConfigError, match="did you mean 'stage.2a.sources.vggsound.weight'"):
+        load_config(f"{CONFIG}:size=7b", ["stage.2a.sources.vgsound.weight=0.5"])
 
 
 def test_every_step_is_in_the_trace(run: Run) -> None:

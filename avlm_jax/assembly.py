@@ -74,14 +74,14 @@ class TextConfig:
     system: str | None = None
     template_options: dict[str, Any] | None = None
 
-    def make_template(self) -> Template:
-        """Raises ConfigError if the template has no such option, or one of another type."""
+    def make_template(self, where: str = "text") -> Template:
+        """Raises ConfigError, naming the section `where`, if the template has no such option, or one of another type."""
         options = {} if self.template_options is None else self.template_options
         if not isinstance(options, ConfigDict | Mapping):
             raise ConfigError(
-                f"text.template_options is {options!r}; a mapping like {{'drop_question': True}} is expected"
+                f"{where}.template_options is {options!r}; a mapping like {{'drop_question': True}} is expected"
             )
-        return to_dataclass(TEMPLATES[self.template], options, "text.template_options")
+        return to_dataclass(TEMPLATES[self.template], options, f"{where}.template_options")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +92,28 @@ class Assembly:
     tokenizer: PreTrainedTokenizerFast
     system: System
 
-    def builder(self, *, prompt: bool = False, max_length: int = 0) -> SampleBuilder:
+    def builder(self, *, prompt: bool = False, max_length: int = 0, stage: str = "") -> SampleBuilder:
         """What turns a record's sample into arrays for this system.
 
         Args:
             prompt: leave the answer open, for generation.
             max_length: text positions of a row; 0 takes text.max_length.
+            stage: its template, if it has one of its own, takes the place of text.template, with its options and
+                without text.system.
         """
+        text, template = self.text, self.template
+        own = self.config.stage[stage] if stage else {}
+        if own.get("template"):
+            changes = {
+                "template": own["template"],
+                "template_options": own.get("template_options"),
+                "system": None,
+            }
+            text = to_dataclass(TextConfig, {**self.config.text, **changes}, f"stage.{stage}")
+            template = text.make_template(f"stage.{stage}")
+            end_of_turn_id(self.tokenizer, template)
+        elif own.get("template_options") is not None:
+            raise ConfigError(f"stage.{stage}.template_options is set, but stage.{stage}.template is empty")
         return SampleBuilder(
             spec=self.system.spec,
             tokenizer=self.tokenizer,
@@ -106,8 +121,8 @@ class Assembly:
             num_media_tokens=self.system.num_media_tokens,
             max_length=max_length or self.text.max_length,
             prompt=prompt,
-            template=self.template,
-            system=self.text.system,
+            template=template,
+            system=text.system,
         )
 
     @functools.cached_property

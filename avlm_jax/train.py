@@ -82,6 +82,9 @@ class StageConfig:
         buckets: shorter text lengths that a step's rows may have together, ascending; one program is compiled for each.
         pack: clips that may share a row of text; 1 packs none. See `input_pipeline.packing`.
         oversize: "error" refuses samples whose media and first round do not fit, "leave_out" counts and leaves them out.
+        template: chat template in place of text.template, text.template_options and text.system; empty takes those.
+            LLaVA-type recipes align with "plain".
+        template_options: its own fields; null takes its defaults.
         parent: the stage whose result it begins from; empty for the first.
         fresh_lora: merge the adapter of earlier stages into the base and begin with a fresh one (LongVALE-LLM's
             second stage), instead of training it on.
@@ -98,6 +101,8 @@ class StageConfig:
     buckets: tuple[int, ...] = ()
     pack: int = 1
     oversize: str = "error"
+    template: str = ""
+    template_options: dict[str, Any] | None = None
     parent: str = ""
     fresh_lora: bool = False
     features: bool = False
@@ -131,6 +136,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
+    builder = assembly.builder(max_length=stage.max_length, stage=name)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
     sources, idle = stage.sources, ()
     try:
@@ -142,7 +148,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
-        assembly.builder(max_length=stage.max_length),
+        builder,
         batch_size=stage.batch_size,
         buckets=stage.buckets,
         pack=stage.pack,

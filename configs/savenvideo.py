@@ -72,6 +72,8 @@ def stage(
             "buckets": (),
             "pack": 1,
             "oversize": "error",
+            "template": "",
+            "template_options": None,
             "parent": "",
             "fresh_lora": False,
             "features": False,

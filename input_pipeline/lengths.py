@@ -36,7 +36,9 @@ NAMED = 8  # So many samples are named where some do not fit.
 SHOWN_FROM = 10_000  # From so many samples on there is something to wait for.
 PART = 20_000  # Samples that a process counts at a time: some ten seconds, of which its start takes two.
 OVERSIZE = ("error", "leave_out")
-# Encoded for the fingerprint: a template's code may change while its fields stay.
+# Encoded for the fingerprint: a template's code may change while its fields stay. A template without questions takes the
+# caption.
+CAPTION = ({"from": "human", "value": "<video>"}, {"from": "gpt", "value": "A bell (B)"})
 PROBE = (
     {"from": "human", "value": "At 00:01,\nwhat is heard?"},
     {"from": "gpt", "value": "A bell (B)"},
@@ -53,10 +55,16 @@ class Lengths:
         tokens: i32 [n], media tokens included, after whole rounds were dropped; where not even the first
             round fits, minus what it would take.
         dropped_rounds: i32 [n], rounds that do not fit.
+        dropped_questions: i32 [n], questions whose text the template leaves out.
     """
 
     tokens: np.ndarray
     dropped_rounds: np.ndarray
+    dropped_questions: np.ndarray
+
+    def only(self, mask: np.ndarray) -> Lengths:
+        """Those of the samples that `mask`, bool [n], selects."""
+        return Lengths(self.tokens[mask], self.dropped_rounds[mask], self.dropped_questions[mask])
 
     @property
     def fits(self) -> np.ndarray:
@@ -77,7 +85,7 @@ def find_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
         return Lengths(*kept)
     found = compute_lengths(source, builder)
     try:
-        _write(path, np.stack([found.tokens, found.dropped_rounds]))
+        _write(path, np.stack([found.tokens, found.dropped_rounds, found.dropped_questions]))
     except OSError as error:
         print(
             f"{source.config.records}: token lengths cannot be kept there ({error.strerror}) and are computed at "
@@ -91,6 +99,7 @@ def find_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
 class _Encoded(NamedTuple):
     tokens: np.ndarray  # as `Lengths`
     dropped_rounds: np.ndarray
+    dropped_questions: np.ndarray
     refused: list[str]  # why samples cannot be used, the first few
 
 
@@ -115,7 +124,7 @@ def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
         if len(source) >= SHOWN_FROM:
             label = f"{source.name or source.config.records}: token lengths of {len(source)} samples"
             found = track(found, total=len(parts), label=label, unit=f"parts of {PART}")
-        tokens, dropped, refused = zip(*found, strict=True)
+        tokens, dropped, unasked, refused = zip(*found, strict=True)
     tokens, reasons = np.concatenate(tokens), sum(refused, [])
     if reasons:
         count = int((tokens == 0).sum())
@@ -124,12 +133,12 @@ def compute_lengths(source: SourceIndex, builder: SampleBuilder) -> Lengths:
             f"{'; '.join(reasons[:NAMED])}{' ...' if count > NAMED else ''}. Correct them in the manifest and prepare "
             "again"
         )
-    return Lengths(tokens, np.concatenate(dropped))
+    return Lengths(tokens, np.concatenate(dropped), np.concatenate(unasked))
 
 
 def _encode_all(source: SourceIndex, builder: SampleBuilder) -> _Encoded:
     tokens = np.zeros(len(source), np.int32)  # 0 stays where a sample cannot be used.
-    dropped = np.zeros(len(source), np.int32)
+    dropped, unasked = np.zeros((2, len(source)), np.int32)
     refused: list[str] = []
     for number, line in enumerate(source.lines()):
         try:
@@ -137,13 +146,14 @@ def _encode_all(source: SourceIndex, builder: SampleBuilder) -> _Encoded:
             if _may_name_many_times(line, builder.spec.max_intervals):
                 builder.intervals(line, duration=0.0, rounds=text.rounds)
             tokens[number], dropped[number] = len(text.tokens), text.dropped_rounds
+            unasked[number] = text.dropped_questions
         except DoesNotFit as error:
             tokens[number] = -error.plan.total
         except (
             UserError
         ) as error:  # Malformed, a control token in its text, more times than there is room for.
             refused += [str(error)] * (len(refused) < NAMED)
-    return _Encoded(tokens, dropped, refused)
+    return _Encoded(tokens, dropped, unasked, refused)
 
 
 def _may_name_many_times(line: Mapping[str, Any], most: int) -> bool:
@@ -155,7 +165,8 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
-    probe = dataclasses.replace(builder, max_length=10**9).encode({"id": "probe", "conversations": PROBE})
+    turns = PROBE if builder.template.keeps_questions else CAPTION
+    probe = dataclasses.replace(builder, max_length=10**9).encode({"id": "probe", "conversations": turns})
     parts = [
         source.digest,
         hashlib.sha256(source.offsets.tobytes()).hexdigest(),
@@ -168,12 +179,12 @@ def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
 
 
 def _read(path: Path, count: int) -> np.ndarray | None:
-    """i32 [2 n], or None if there is no such file or not a whole one."""
+    """i32 [3 n], or None if there is no such file or not a whole one."""
     try:
         kept = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return kept if kept.shape == (2, count) and kept.dtype == np.int32 else None
+    return kept if kept.shape == (3, count) and kept.dtype == np.int32 else None
 
 
 def _write(path: Path, values: np.ndarray) -> None:
@@ -221,7 +232,7 @@ def measure(
                 f"source {source.name!r}: none of its {len(source)} samples fits {builder.max_length} tokens; "
                 "raise the stage's max_length"
             )
-    kept = [Lengths(x.tokens[x.fits], x.dropped_rounds[x.fits]) for x in found]
+    kept = [lengths.only(lengths.fits) for lengths in found]
     sources = tuple(s.only(x.fits) for s, x in zip(mixture.sources, found, strict=True))
     return dataclasses.replace(mixture, sources=sources), tuple(kept), left_out
 

@@ -139,11 +139,13 @@ class Rows:
         batch: the arrays.
         samples: the samples' own fields (id, task, conversations, ...); None for padding.
         dropped_rounds: dialogue rounds that were dropped because they did not fit.
+        dropped_questions: questions whose text the template leaves out.
     """
 
     batch: Batch
     samples: tuple[dict[str, Any] | None, ...]
     dropped_rounds: int
+    dropped_questions: int
 
     @property
     def num_samples(self) -> int:
@@ -157,7 +159,12 @@ def stack_rows(rows: Sequence[PackedRow]) -> Rows:
         key: np.stack([row.text[key] for row in rows] if key in TEXT_KEYS else [c.arrays[key] for c in clips])
         for key in clips[0].arrays
     }
-    return Rows(batch, tuple(clip.sample for clip in clips), sum(clip.dropped_rounds for clip in clips))
+    return Rows(
+        batch,
+        tuple(clip.sample for clip in clips),
+        sum(clip.dropped_rounds for clip in clips),
+        sum(clip.dropped_questions for clip in clips),
+    )
 
 
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
@@ -221,6 +228,7 @@ class Loader:
         plan: what each batch is made of.
         left_out: samples that do not fit and are left out, by source.
         dropped_rounds: dialogue rounds that do not fit, by source.
+        dropped_questions: questions whose text the template leaves out, by source.
 
     Raises:
         UserError: see `open_source`, `measure` and `make_plan`; a batch size that does not divide among the
@@ -248,10 +256,9 @@ class Loader:
         if not isinstance(sources, Mixture):
             sources = open_mixture(sources, builder.spec, seed=seed, shuffle=shuffle)
         self.mixture, lengths, self.left_out = measure(sources, builder, oversize)
-        self.dropped_rounds = {
-            source.name: int(found.dropped_rounds.sum())
-            for source, found in zip(self.mixture.sources, lengths, strict=True)
-        }
+        by_source = {s.name: found for s, found in zip(self.mixture.sources, lengths, strict=True)}
+        self.dropped_rounds = {name: int(found.dropped_rounds.sum()) for name, found in by_source.items()}
+        self.dropped_questions = {name: int(x.dropped_questions.sum()) for name, x in by_source.items()}
         self.batch_size = batch_size
         self.plan = make_plan(
             self.mixture,
@@ -346,6 +353,7 @@ class Loader:
                 "of_other_tasks_or_modalities": source.left_out,
                 "left_out_as_oversize": self.left_out[source.name],
                 "dropped_rounds": self.dropped_rounds[source.name],
+                "dropped_questions": self.dropped_questions[source.name],
             }
             for source in self.mixture.sources
         }
@@ -361,6 +369,8 @@ class Loader:
                 )
             if counts["dropped_rounds"]:
                 line += f"; {counts['dropped_rounds']} rounds dropped that do not fit"
+            if counts["dropped_questions"]:
+                line += f"; {counts['dropped_questions']} questions left out by the template"
             lines.append(line)
         fill = self.plan.fill()
         line = (

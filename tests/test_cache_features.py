@@ -493,19 +493,19 @@ def test_a_stage_needs_features_and_frozen_encoders(
     folders: dict[str, str], assembly: Assembly, tmp_path: Path
 ) -> None:
     source = SourceConfig(folders["video,audio"], modalities=("video",), weight=0.5)
-    sources, idle = open_features(assembly, "2b", [source], ["connector/tlp/kernel"])
+    sources, idle = open_features(assembly, "2b", {"mine": source}, ["connector/tlp/kernel"])
     assert sources == (SourceConfig(features_folder(source.records), modalities=("video",), weight=0.5),)
     assert idle == ("vision", "audio")
-    assert open_features(assembly, "2b", [SourceConfig(folders["audio"])], ["vision/pos_embed"])[1] == (
+    assert open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["vision/pos_embed"])[1] == (
         "audio",
     )
     with pytest.raises(ConfigError, match=r"audio/proj/kernel.*features=False"):
-        open_features(assembly, "2b", [SourceConfig(folders["audio"])], ["audio/proj/kernel"])
+        open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["audio/proj/kernel"])
     plain = write_media(tmp_path / "plain", assembly)
     with pytest.raises(
         ConfigError, match=rf"none in {plain}.features.*avlm cache-features --records {plain}"
     ):
-        open_features(assembly, "2b", [SourceConfig(plain)], [])
+        open_features(assembly, "2b", {"mine": SourceConfig(plain)}, [])
 
 
 def test_sources_of_a_stage_must_come_alike(folders: dict[str, str], assembly: Assembly) -> None:
@@ -536,7 +536,7 @@ def test_the_command_caches_and_counts(
 
 def test_the_records_of_a_configuration() -> None:
     config = load_config(f"{CONFIG}:size=7b")
-    assert all_records(config)[:3] == ["records/lcs558k", "records/panda70m", "records/audioset"]
+    assert all_records(config)[:3] == ["records/lcs558k", "records/panda70m", "records/audiocaps"]
     assert all_records(load_config(f"{CONFIG}:size=demo")) == ["runs/demo/records/train"]
     switched = load_config(f"{CONFIG}:size=7b,features=true")
     assert all(switched.stage[name].features for name in switched.stage)

@@ -39,12 +39,14 @@ class Row:
         sample: the sample's own fields (id, task, conversations, ...); None for a padding row.
         plan: what the sample asks of the model; None for a padding row.
         dropped_rounds: dialogue rounds that did not fit.
+        dropped_questions: questions whose text the template leaves out.
     """
 
     arrays: dict[str, np.ndarray]
     sample: dict[str, Any] | None
     plan: TokenPlan | None
     dropped_rounds: int = 0
+    dropped_questions: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ class SampleBuilder:
             self.max_length,
         )
         arrays |= self._interval_arrays(spans) | self._text_arrays(text)
-        return Row(arrays, dict(sample), plan, text.dropped_rounds)
+        return Row(arrays, dict(sample), plan, text.dropped_rounds, text.dropped_questions)
 
     def intervals(
         self, sample: Mapping[str, Any], duration: float, rounds: int | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from input_pipeline import lengths as lengths_lib
-from input_pipeline.conversation import ChatMLTemplate, find_media_token_id
+from input_pipeline.conversation import ChatMLTemplate, PlainTemplate, find_media_token_id
 from input_pipeline.errors import UserError
 from input_pipeline.lengths import compute_lengths, find_lengths, measure
 from input_pipeline.loader import Loader
@@ -88,7 +88,7 @@ def test_they_are_computed_once(source, builder, monkeypatch) -> None:
     (kept,) = (Path(source.config.records) / LENGTHS).iterdir()
     monkeypatch.setattr(lengths_lib, "compute_lengths", lambda *_: pytest.fail("computed again"))
     again = find_lengths(source, builder)
-    for name in ("tokens", "dropped_rounds"):
+    for name in ("tokens", "dropped_rounds", "dropped_questions"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     # The records are still whole and may be replaced by `avlm prepare --overwrite`.
     with WorkingFolder(source.config.records, "another plan", overwrite=True) as work:
@@ -167,6 +167,7 @@ def test_what_does_not_fit_is_told_before_training_or_left_out(source, builder) 
                 "of_other_tasks_or_modalities": 0,
                 "left_out_as_oversize": 1,
                 "dropped_rounds": int(lengths[0].dropped_rounds.sum()),
+                "dropped_questions": 0,
             }
             told = loader.describe()
             assert (
@@ -218,3 +219,15 @@ def test_nothing_is_left_behind_by_a_write_that_fails(source, builder, monkeypat
     monkeypatch.setattr(lengths_lib.np, "save", fail)
     find_lengths(source, builder)
     assert os.listdir(Path(source.config.records) / LENGTHS) == []
+
+
+def test_questions_that_the_template_leaves_out_are_counted(builder, tmp_path) -> None:
+    sources = {"captions": SourceConfig(write(tmp_path / "captions", builder.spec, 1))}
+    plain = dataclasses.replace(builder, template=PlainTemplate(drop_question=True))
+    with Loader(sources, plain, batch_size=2) as loader:
+        assert loader.summary()["captions"]["dropped_questions"] == 1
+        assert "; 1 questions left out by the template" in loader.describe()
+        rows = loader.next_rows()
+        assert (rows.dropped_questions, rows.dropped_rounds) == (rows.num_samples, 0) == (2, 0)
+    with pytest.raises(UserError, match="1 of 1 samples cannot be used: sample 'n0'.*drop_question=True"):
+        Loader(sources, dataclasses.replace(builder, template=PlainTemplate()), batch_size=2)

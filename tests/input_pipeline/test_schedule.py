@@ -37,7 +37,7 @@ def make(mode: str, mixture: Mixture | None = None, batch_size: int = BATCH) -> 
     parts, start = [], 0
     for source in mixture.sources:
         stop = start + len(source)
-        parts.append(Lengths(tokens[start:stop], np.zeros(stop - start, np.int32)))
+        parts.append(Lengths(tokens[start:stop], *np.zeros((2, stop - start), np.int32)))
         start = stop
     return make_plan(mixture, parts, batch_size=batch_size, length=LENGTH, **MODES[mode])
 
@@ -170,7 +170,8 @@ def test_the_kind_of_plan_follows_the_options() -> None:
         ({"pack": 2, "buckets": (16,)}, "exclude each other"),
     ):
         lengths = [
-            Lengths(np.ones(len(s), np.int32), np.zeros(len(s), np.int32)) for s in make_mixture().sources
+            Lengths(np.ones(len(s), np.int32), *np.zeros((2, len(s)), np.int32))
+            for s in make_mixture().sources
         ]
         with pytest.raises(UserError, match=message):
             make_plan(make_mixture(), lengths, batch_size=4, length=LENGTH, **options)

@@ -191,3 +191,28 @@ def test_a_template_that_does_not_fit(make, template: str, options: str, message
     with pytest.raises(UserError, match=message.replace("|", r"\|")) as error:
         make(template, *([f"text.template_options={options}"] if options else []))
     assert template == "chatml" or isinstance(error.value, ConfigError)
+
+
+def test_a_stage_may_have_a_template_of_its_own(make) -> None:
+    own = (
+        "stage.1a.template=plain",
+        "stage.1a.template_options={'drop_question': True}",
+        "text.system=Hear.",
+    )
+    assembly = make("vicuna", *own)
+    aligned, tuned = assembly.builder(stage="1a"), assembly.builder(stage="1b")
+    assert (aligned.template, aligned.system) == (PlainTemplate(drop_question=True), None)
+    assert (tuned.template, tuned.system) == (VicunaTemplate(), "Hear.")
+    for wrong, message in (
+        (("template=plane",), "stage.1a.template is 'plane'; did you mean 'plain'"),
+        (
+            ("template=plain", "template_options={'drop_questions': 1}"),
+            "stage.1a.template_options has no field 'drop_questions'; did you",
+        ),
+        (
+            ("template_options={'drop_question': True}",),
+            "stage.1a.template_options is set, but stage.1a.template is",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make("vicuna", *(f"stage.1a.{override}" for override in wrong)).builder(stage="1a")

@@ -494,11 +494,12 @@ def test_a_stage_needs_features_and_frozen_encoders(
 ) -> None:
     source = SourceConfig(folders["video,audio"], modalities=("video",), weight=0.5)
     sources, idle = open_features(assembly, "2b", {"mine": source}, ["connector/tlp/kernel"])
-    assert sources == (SourceConfig(features_folder(source.records), modalities=("video",), weight=0.5),)
+    (found,) = sources.items()
+    assert found == ("mine", SourceConfig(features_folder(source.records), modalities=("video",), weight=0.5))
     assert idle == ("vision", "audio")
-    assert open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["vision/pos_embed"])[1] == (
-        "audio",
-    )
+    assert open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["vision/pos_embed"])[
+        1
+    ] == ("audio",)
     with pytest.raises(ConfigError, match=r"audio/proj/kernel.*features=False"):
         open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["audio/proj/kernel"])
     plain = write_media(tmp_path / "plain", assembly)

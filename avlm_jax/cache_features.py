@@ -49,8 +49,6 @@ from input_pipeline.transforms.media import decode_record
 from input_pipeline.working_folder import WorkingFolder
 
 BATCH_SIZE = 16  # As many frames as SAVEnVideo takes of a video.
-# Compression would cost the reader more than it saves it.
-WRITER_OPTIONS = "group_size:1,uncompressed"
 READERS = 2  # Threads that decode JPEG ahead of the encoder.
 
 EPILOG = """\
@@ -222,9 +220,7 @@ def _write_share(encoders: Encoders, reader: RecordReader, work: WorkingFolder, 
         "clips",
     )
     for index, numbers in todo.items():
-        write_shard(
-            work.path, index, len(shards), itertools.islice(clips, len(numbers)), options=WRITER_OPTIONS
-        )
+        write_shard(work.path, index, len(shards), itertools.islice(clips, len(numbers)))
     next(clips, None)  # Nothing is left; the bar ends.
     tally.seconds += time.monotonic() - begun
 

@@ -115,7 +115,7 @@ def test_more_frames_than_fit_are_refused_with_the_plan(
     assert cli.main([*command, "--frames", "90"]) == 2
     error = capsys.readouterr().err
     assert "90 frames + 3 audio windows + 2 time tokens" in error and "of at most 320" in error
-    assert "Raise text.max_length" in error
+    assert "Raise the text length (text.max_length" in error
 
 
 def test_a_global_resampler_takes_any_number_of_frames(

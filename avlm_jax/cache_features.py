@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import json
+import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -50,6 +51,8 @@ from input_pipeline.working_folder import WorkingFolder
 
 BATCH_SIZE = 16  # As many frames as SAVEnVideo takes of a video.
 READERS = 2  # Threads that decode JPEG ahead of the encoder.
+WRITERS = 2  # Shards in the making: one is hashed and flushed to the disk while the next one is filled.
+QUEUED = 4  # Clips that wait for a shard's writer; a video's features take 26 MB.
 
 EPILOG = """\
 examples:
@@ -91,8 +94,12 @@ class Encoders:
 
         return {"video": step("encode_frames"), "audio": step("encode_audio")}
 
-    def __call__(self, modality: str, *inputs: np.ndarray) -> np.ndarray:
-        """bf16 features [n k d] of n frames, or of n windows with their spans and masks; steps are padded with zeros."""
+    def start(self, modality: str, *inputs: np.ndarray) -> list[tuple[jax.Array, int]]:
+        """Sets the devices to work on n frames, or on n windows with their spans and masks; does not wait for them.
+
+        Returns:
+            Of each step its output and how many of its rows count; steps are padded with zeros.
+        """
         outputs = []
         for start in range(0, len(inputs[0]), self.size):
             parts = [array[start : start + self.size] for array in inputs]
@@ -102,6 +109,10 @@ class Encoders:
             ]
             placed = [jax.device_put(array, self.sharding) for array in padded]
             outputs.append((self._steps[modality](self.params, *placed), len(parts[0])))
+        return outputs
+
+    def collect(self, modality: str, outputs: list[tuple[jax.Array, int]]) -> np.ndarray:
+        """bf16 features [n k d] of what was started."""
         shape = self.assembly.system.encoders[modality].shape
         return np.concatenate(
             [np.zeros((0, *shape), FEATURE_DTYPE), *(np.asarray(out)[:count] for out, count in outputs)]
@@ -212,40 +223,98 @@ def _write_share(encoders: Encoders, reader: RecordReader, work: WorkingFolder, 
         if mine and finished_shard(work.path, index, len(shards)) is None:
             todo[index] = range(first, first + shard["count"])
         first += shard["count"]
-    # One bar over all shards; write_shard takes from it what is the shard's.
+    # One bar over all shards; each takes from it what is its own.
     clips = track(
-        (data for numbers in todo.values() for data in _encoded(encoders, reader, numbers, tally)),
+        (clip for numbers in todo.values() for clip in _encoded(encoders, reader, numbers, tally)),
         sum(map(len, todo.values())),
         f"features of {reader.directory.name}",
         "clips",
     )
-    for index, numbers in todo.items():
-        write_shard(work.path, index, len(shards), itertools.islice(clips, len(numbers)))
+    with ThreadPoolExecutor(WRITERS) as pool:
+        writing: list[Future] = []
+        for index, numbers in todo.items():
+            feed: queue.Queue = queue.Queue(QUEUED)
+            writing.append(pool.submit(write_shard, work.path, index, len(shards), _packed(feed)))
+            try:
+                for clip in itertools.islice(clips, len(numbers)):
+                    _put(feed, clip, writing[-1])
+            except BaseException as error:
+                _put(
+                    feed, error, writing[-1]
+                )  # Else the writer would wait for more, and the pool for the writer.
+                raise
+            _put(feed, None, writing[-1])
+            if len(writing) >= WRITERS:
+                writing.pop(0).result()
+        for future in writing:
+            future.result()
     next(clips, None)  # Nothing is left; the bar ends.
     tally.seconds += time.monotonic() - begun
 
 
-def _encoded(encoders: Encoders, reader: RecordReader, numbers: range, tally: Tally) -> Iterator[bytes]:
-    """Records with features, in order. What is encoded together never depends on other shards or on a kill."""
+def _put(feed: queue.Queue, item: Any, writer: Future) -> None:
+    """Hands `item` to a writer, unless that has ended; then its own error is the one to tell."""
+    while not writer.done():
+        with contextlib.suppress(queue.Full):
+            feed.put(item, timeout=0.1)
+            return
+    if item is not None and not isinstance(item, BaseException):
+        writer.result()
+
+
+def _packed(feed: queue.Queue) -> Iterator[bytes]:
+    """What is put into `feed`, as it is stored, until None comes; an exception that comes is raised."""
+    while (item := feed.get()) is not None:
+        if isinstance(item, BaseException):
+            raise item
+        record, features = item
+        yield replace_media(record, **features)
+
+
+def _encoded(
+    encoders: Encoders, reader: RecordReader, numbers: range, tally: Tally
+) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+    """(record as stored, its features), in order. What is encoded together never depends on other shards or on a kill."""
+    started: Callable[[], Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]] | None = None
     for group in _read_ahead(encoders, reader, numbers):
-        inputs: dict[str, list[np.ndarray]] = {}
-        counts: dict[str, list[int]] = {}
-        rows = [row for _, row in group]
-        if "video" in encoders.modalities:
-            counts["video"] = [int(row["frame_mask"].sum()) for row in rows]
-            inputs["video"] = [np.concatenate([row["frames"][row["frame_mask"]] for row in rows])]
-        if "audio" in encoders.modalities:
-            keys = ("audio", "audio_spans", "audio_mask")
-            counts["audio"] = [int(row["audio_mask"].sum()) for row in rows]
-            inputs["audio"] = [np.concatenate([row[key][row["audio_mask"]] for row in rows]) for key in keys]
+        following = _start(encoders, group, tally)  # Before the results of the last group are waited for.
+        if started is not None:
+            yield from started()
+        started = following
+    if started is not None:
+        yield from started()
+
+
+def _start(
+    encoders: Encoders, group: list[tuple[dict[str, Any], dict[str, Any]]], tally: Tally
+) -> Callable[[], Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]]:
+    """Sets the devices to work on a group; the result waits for them and gives each record with its features."""
+    outputs: dict[str, list[tuple[jax.Array, int]]] = {}
+    counts: dict[str, list[int]] = {}
+    rows = [row for _, row in group]
+    if "video" in encoders.modalities:
+        counts["video"] = [int(row["frame_mask"].sum()) for row in rows]
+        frames = np.concatenate([row["frames"][row["frame_mask"]] for row in rows])
+        outputs["video"] = encoders.start("video", frames)
+    if "audio" in encoders.modalities:
+        keys = ("audio", "audio_spans", "audio_mask")
+        counts["audio"] = [int(row["audio_mask"].sum()) for row in rows]
+        windows = [np.concatenate([row[key][row["audio_mask"]] for row in rows]) for key in keys]
+        outputs["audio"] = encoders.start("audio", *windows)
+    records = [record for record, _ in group]
+
+    def finish() -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
         parts = {
-            name: np.split(encoders(name, *inputs[name]), np.cumsum(counts[name])[:-1]) for name in inputs
+            name: np.split(encoders.collect(name, outputs[name]), np.cumsum(counts[name])[:-1])
+            for name in outputs
         }
-        for i, (record, _) in enumerate(group):
-            yield replace_media(record, **{name: parts[name][i] for name in parts})
-        tally.clips += len(group)
+        for i, record in enumerate(records):
+            yield record, {name: parts[name][i] for name in parts}
+        tally.clips += len(records)
         tally.frames += sum(counts.get("video", ()))
         tally.windows += sum(counts.get("audio", ()))
+
+    return finish
 
 
 def _read_ahead(

@@ -6,6 +6,7 @@
 Clips of sixteen noise frames and one 10.24-s window of noise are written as records. Then, in one run:
 
     encoders   the compiled steps alone, on inputs that lie on the device: the bound
+    disk       as many bytes as the clips' features take, written and flushed: the other bound
     command    what the verb does: JPEG decoded, encoded, brought back, written as records
     again      the verb over what is there already
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -92,6 +94,21 @@ def time_encoders(encoders: Encoders, spec: MediaSpec) -> dict[str, float]:
     return rates
 
 
+def time_disk(folder: Path, size: int) -> float:
+    """Bytes per second of writing one file of at most 2 GB and flushing it."""
+    block = np.random.default_rng(2).bytes(2**24)
+    count = max(min(size, 2 * 10**9) // len(block), 1)
+    begun = time.perf_counter()
+    with open(folder / "disk", "wb") as file:
+        for _ in range(count):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    rate = count * len(block) / (time.perf_counter() - begun)
+    (folder / "disk").unlink()
+    return rate
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,8 +138,9 @@ def main() -> int:
         begun = time.perf_counter()
         cache_features(encoders, str(records))
         again = time.perf_counter() - begun
+        size = sum(shard["bytes"] for shard in manifest["shards"])
+        disk = time_disk(Path(scratch), size)
     reached = tally.clips / tally.seconds
-    size = sum(shard["bytes"] for shard in manifest["shards"])
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(
         f"{args.size} on {devices}: {clips} clips of {spec.num_frames} frames and one window, {size / 1e9:.2f} GB"
@@ -133,6 +151,7 @@ def main() -> int:
     print(
         f"cache-features   {'':34} {reached:8.2f} clips/s = {reached / bound:.2f} of the bound (target {TARGET})"
     )
+    print(f"disk             {disk / 1e6:9.0f} MB/s {'':22} {disk * clips / size:8.2f} clips/s")
     print(f"over features that are there: {again:.2f} s")
     result: dict[str, Any] = {
         "size": args.size,
@@ -141,7 +160,7 @@ def main() -> int:
         "batch_size": args.batch_size,
     }
     result |= {"rates": rates, "bound": bound, "reached": reached, "share": reached / bound, "target": TARGET}
-    print(json.dumps({**result, "bytes": size, "again_seconds": again}))
+    print(json.dumps({**result, "bytes": size, "disk_bytes_per_second": disk, "again_seconds": again}))
     return 0 if reached >= TARGET * bound or args.size != "7b" else 1
 
 

@@ -117,7 +117,9 @@ class ReadRow:
         if index.line(within)["conversations"] == row.sample["conversations"]:
             remedy = f"the lengths in {records}/{LENGTHS} are out of date; delete that folder"
         else:
-            remedy = f"{records}/{SAMPLES} does not belong to its records; prepare them again with --overwrite"
+            remedy = (
+                f"{records}/{SAMPLES} does not belong to its records; prepare them again with --overwrite"
+            )
         return (
             f"sample {row.sample.get('id')!r} (number {within} of {records}) takes {row.plan.total} tokens, but {planned} "
             f"were planned for it: {remedy}"

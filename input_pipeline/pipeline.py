@@ -23,6 +23,7 @@ from typing import Any
 
 import msgpack
 
+from input_pipeline.decoding import MachineFault
 from input_pipeline.errors import UserError
 from input_pipeline.paths import is_remote, to_path
 from input_pipeline.plan import ShardPlan, read_groups
@@ -180,7 +181,24 @@ def make_shard(shard: ShardPlan, work: Work, session: _Session) -> dict[str, Any
 
 
 def _decode(group: list[dict[str, Any]], work: Work, worker: Worker, scratch: str) -> dict[str, Any]:
-    """A worker's answer on one media file, or the rejection that a failure of the worker amounts to."""
+    """A worker's answer on one media file, or the rejection that a failure of the worker amounts to.
+
+    A crash may be another's doing: of an earlier file that damaged the process, of whoever killed it while it
+    was idle. It counts as the file's own when it comes again in a process that has seen nothing else.
+
+    Raises:
+        MachineFault: see `prepare_one`.
+    """
+    answer = _attempt(group, work, worker, scratch)
+    if answer.get("rejection", {}).get("stage") == "crash":
+        worker.renew()
+        answer = _attempt(group, work, worker, scratch)
+    if "fault" in answer:
+        raise MachineFault(answer["fault"])
+    return answer
+
+
+def _attempt(group: list[dict[str, Any]], work: Work, worker: Worker, scratch: str) -> dict[str, Any]:
     job = {**work.job, "timeout": work.timeout, "lines": group, "scratch": scratch}
     try:
         return msgpack.unpackb(worker.run(msgpack.packb(job), work.timeout))

@@ -35,9 +35,14 @@ POISONED = """\
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from input_pipeline import decoding
-real = decoding.prepare_one
+real, seen = decoding.prepare_one, []
 def poisoned(lines, *arguments, **options):
     name = os.path.basename(lines[0].path)
+    if seen and seen[-1].startswith("spoils"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(name)
+    if name.startswith("spoils then"):
+        raise MemoryError("heap")
     if name.startswith("hangs"):
         time.sleep(600)
     if name.startswith("crashes"):
@@ -202,6 +207,44 @@ def test_a_file_that_hangs_or_crashes_the_decoder_costs_itself_alone(videos, poi
     assert "SIGSEGV" in report.rejected[0].reason and "3 s" in report.rejected[1].reason
     reader = RecordReader(tmp_path / "r")
     assert [unpack_record(reader[i])["id"] for i in range(2)] == ["a.mp4", "z.mp4"]
+
+
+def test_what_another_file_did_to_the_process_is_not_blamed_on_the_next(videos, poisoned, tmp_path):
+    (tmp_path / "in").mkdir()
+    sound = sorted((videos.parent / "videos").iterdir())[:4]
+    for name, source in zip(("a.mp4", "spoils.mp4", "spoils then raises.mp4", "z.mp4"), sound, strict=True):
+        os.link(source, tmp_path / "in" / name)
+    report = prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
+    assert [(os.path.basename(row.path), row.stage) for row in report.rejected] == [
+        ("spoils then raises.mp4", "crash")
+    ]
+    assert "MemoryError: heap" in report.rejected[0].reason and report.records == 3
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError(28, 'No space left on device')", "RuntimeError('401 token expired')"]
+)
+def test_a_bucket_that_cannot_be_read_ends_the_run_and_rejects_nothing(videos, bucket, monkeypatch, error):
+    shutil.copytree(videos.parent, bucket / "data")
+    listing, out = read_manifest("gs://bucket/data/manifest.jsonl"), "gs://bucket/records"
+    with monkeypatch.context() as patch:
+        command = prepare_module.worker_command(None)
+        code = command[-1].replace(
+            "decoding.serve()",
+            "real, count = fake_gcs.FakeGcs.open, []\n"
+            "def broken(self, path, *rest, **options):\n"
+            "    count.append(path)\n"
+            f"    if len(count) > 3: raise {error}\n"
+            "    return real(self, path, *rest, **options)\n"
+            "fake_gcs.FakeGcs.open = broken\ndecoding.serve()",
+        )
+        patch.setattr(prepare_module, "worker_command", lambda tfio: [*command[:-1], code])
+        with pytest.raises(UserError, match=r"gs://bucket/data/.* cannot be fetched .*the same command goes on"):
+            prepare(listing, out, SPEC, workers=1)
+    assert not (bucket / "records").exists()
+    report = prepare(listing, out, SPEC, workers=2)
+    assert report.records == VIDEOS - 1 and report.resumed == 3
+    assert not any(row.stage == "crash" or "cannot be fetched" in row.reason for row in report.rejected)
 
 
 def test_what_waits_behind_a_long_file_goes_to_the_other_workers(tmp_path, monkeypatch):

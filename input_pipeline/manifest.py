@@ -127,7 +127,8 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         raise ManifestError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
         raise ManifestError(f"{path} is one JSON array; write one object per line (jq -c '.[]' {path.name})")
-    lines, rejections = [], []
+    # Absolute: the same manifest, named from another folder, has the same listing.
+    shown, lines, rejections = join(".", str(path)), [], []
     left_out: dict[str, int] = {}
     for number, raw in enumerate(text.split("\n"), start=1):
         if not raw.strip():
@@ -135,7 +136,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         try:
             entry = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            rejections.append(Rejection(str(path), "", f"line {number} is not JSON: {error}", "manifest"))
+            rejections.append(Rejection(shown, "", f"line {number} is not JSON: {error}", "manifest"))
             continue
         if _is_note(entry, "rejected", Rejection.__annotations__):
             rejections.append(Rejection(**entry["rejected"]))
@@ -143,7 +144,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         if _is_note(entry, "left_out"):
             left_out.update(entry["left_out"])
             continue
-        parsed = parse_line(entry, root, default_source=path.stem, where=f"line {number}", manifest=str(path))
+        parsed = parse_line(entry, root, default_source=path.stem, where=f"line {number}", manifest=shown)
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     if not lines and not rejections:
         raise ManifestError(f"{path} holds no line")

@@ -36,7 +36,7 @@ from input_pipeline.working_folder import WorkingFolder
 
 DEFAULT_TIMEOUT = 120.0  # s per file; an hour of 1080p H.264 takes about a minute on one core.
 LOCAL_RUNNER, DATAFLOW_RUNNER = "DirectRunner", "DataflowRunner"
-PLAN_FILE = "plan.msgpack"  # in the working folder
+PLAN_FILE = "plan-{sha256}.msgpack"  # In the working folder. A job of another plan finds no plan there.
 SHOWN_REJECTIONS = 10  # lines of the summary; all are in rejected.jsonl
 
 
@@ -114,8 +114,8 @@ def prepare(
 ) -> PrepareReport:
     """Makes a folder of records; the same input gives the same bytes, however many work on it.
 
-    A run that was killed is taken up by another with the same arguments; one on finished records does
-    nothing.
+    A run that was killed is taken up by another with the same arguments (the time limit and the number of
+    workers may differ); one on finished records does nothing.
 
     Args:
         lines: a Listing, or native manifest lines as objects (see manifest.py).
@@ -146,7 +146,7 @@ def prepare(
         _check_remote(out_dir, listing)
     job = {"spec": dataclasses.asdict(spec), "limits": dataclasses.asdict(limits)}
     rejections = [dataclasses.asdict(rejection) for rejection in listing.rejections]
-    settings = {**job, "timeout": timeout, "schema_version": SCHEMA_VERSION, "rejections": rejections}
+    settings = {**job, "schema_version": SCHEMA_VERSION, "rejections": rejections}
     # Another decoder, and another version of it, gives other samples.
     audio_backend = None if tfio is None else {"name": "tfio", **backend_versions(tfio)}
     if audio_backend is not None:
@@ -206,7 +206,7 @@ def _make_shards(
     **options: Any,
 ) -> int:
     """Makes the shards that are not there; returns how many were. `options` are `run_pipeline`'s."""
-    plan_file = folder / PLAN_FILE
+    plan_file = folder / PLAN_FILE.format(sha256=plan.sha256)
     if not plan_file.exists():
         plan.write(plan_file)
     if not plan.shards:
@@ -216,6 +216,7 @@ def _make_shards(
     audio = None if tfio is None else {"python": tfio, "timeout": timeout, "limits": job["limits"]}
     work = Work(
         folder=os.fspath(folder),
+        plan=plan.sha256,
         plan_file=os.fspath(plan_file),
         num_shards=len(plan.shards),
         job=dict(job),
@@ -230,9 +231,14 @@ def _entries(folder: AnyPath, plan: Plan) -> list[dict[str, Any]]:
     entries = []
     for shard in plan.shards:
         entry = finished_shard(folder, shard.index, len(plan.shards), verify=False)
+        name = shard_name(shard.index, len(plan.shards))
         if entry is None:
-            name = shard_name(shard.index, len(plan.shards))
             raise RecordError(f"{folder / name} was not made or is damaged; the same command makes it again")
+        if entry.get("plan") != plan.sha256:
+            raise RecordError(
+                f"{folder / name} was written by a job with other arguments that is still at work; end that job, "
+                "and the same command makes the shard again"
+            )
         entries.append(entry)
     num_lines = sum(map(len, plan.groups))
     found = sum(entry["samples"] + entry["media_only"] + entry["rejected"] for entry in entries)

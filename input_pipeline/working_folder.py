@@ -1,7 +1,8 @@
 """Where a folder of records is made: beside its place, under a lock, kept when killed, renamed when whole.
 
 For `--out records/train` that is records/.train.partial. It belongs to one plan, the sha256 of everything
-that is asked for; a run of the same plan takes up what it finds there, one of another plan discards it.
+that is asked for; a run of the same plan takes up what it finds there, one of another plan discards it if no
+shard in it is finished or the caller says so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from input_pipeline.records import (
     MANIFEST,
     REJECTED,
     SAMPLES,
+    SIDECAR,
     RecordError,
     is_record_file,
 )
@@ -43,11 +45,13 @@ class WorkingFolder:
     Args:
         out_dir: folder of records to create, local or gs://.
         plan: sha256 of what is asked for.
-        overwrite: replace records of another plan that are in `out_dir`.
+        overwrite: replace records of another plan that are in `out_dir`, and discard finished shards of one that
+            are in the working folder.
 
     Raises:
-        RecordError: on entering: `out_dir` holds records of another plan and `overwrite` is False, or it
-            holds something else or damaged records, or another run is at work on it. On gs:// the last is not noticed.
+        RecordError: on entering: `out_dir` or the working folder holds records of another plan and `overwrite`
+            is False, or `out_dir` holds something else or damaged records, or another run is at work on it. On
+            gs:// the last is not noticed.
     """
 
     def __init__(self, out_dir: str | os.PathLike[str], plan: str, *, overwrite: bool = False) -> None:
@@ -66,7 +70,7 @@ class WorkingFolder:
             self._roll_back()
             self._check_place()
             if self._plan not in (_text(self.path / PLAN), (self.complete or {}).get("plan")):
-                self.discard()
+                self._discard_other_plan()
             if not is_remote(self.path):  # Cloud Storage has no folders, only names with slashes.
                 self.path.mkdir(exist_ok=True)
                 for path in self.path.glob(".*.tmp"):  # what a killed run was writing
@@ -85,6 +89,16 @@ class WorkingFolder:
     def discard(self) -> None:
         """Removes the working folder: nothing in it is wanted."""
         _remove(self.path)
+
+    def _discard_other_plan(self) -> None:
+        there = self.path.iterdir() if self.path.exists() else ()
+        finished = sum(path.name.endswith(SIDECAR) and path.name.startswith("shard-") for path in there)
+        if finished and not self._overwrite:
+            raise RecordError(
+                f"{self.path} holds {finished} finished shards of a run with other arguments; give that run's "
+                "arguments to go on with it, pass --overwrite to discard them, or choose another --out"
+            )
+        self.discard()
 
     @property
     def complete(self) -> dict[str, Any] | None:

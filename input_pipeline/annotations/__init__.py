@@ -36,6 +36,7 @@ from input_pipeline.annotations.vggsound import VggSound
 from input_pipeline.annotations.videoinstruct import VideoInstruct
 from input_pipeline.annotations.videomme import VideoMme
 from input_pipeline.manifest import Listing, MediaLine, Rejection, parse_line
+from input_pipeline.paths import join
 from input_pipeline.progress import track
 
 __all__ = ["DATASETS", "AnnotationError", "describe_dataset", "describe_datasets", "import_annotations"]
@@ -85,12 +86,13 @@ def import_annotations(
         AnnotationError: unknown data set or option, a file of another data set (told, if it is recognised), one
             that cannot be read or holds no row, or no such folder of media.
     """
+    path, media_root = join(".", os.fspath(path)), join(".", os.fspath(media_root))
     importer = _make(_find(dataset), options)
     keep = _number("max_samples", max_samples, 0)
     with open_text(path):  # Tells a missing file before anything else.
         head = read_head(path)
     if other := _finer(importer, head):
-        raise WrongFile(f"{os.fspath(path)}: {_looks_like([other])}")
+        raise WrongFile(f"{path}: {_looks_like([other])}")
     files = MediaFiles(media_root)
     samples = _Sample(keep)
     rejections: list[Rejection] = []
@@ -105,11 +107,9 @@ def import_annotations(
                 continue
             if isinstance(outcome, Refused):
                 reason = f"{where}: {outcome.reason}"
-                rejections.append(Rejection(os.fspath(path), outcome.id, reason, "manifest"))
+                rejections.append(Rejection(path, outcome.id, reason, "manifest"))
                 continue
-            line = parse_line(
-                outcome, media_root, default_source=importer.name, where=where, manifest=os.fspath(path)
-            )
+            line = parse_line(outcome, media_root, default_source=importer.name, where=where, manifest=path)
             if isinstance(line, MediaLine) and line.id in ids:
                 line = Rejection(line.path, line.id, f"{where}: an earlier row has the same id", "manifest")
             if isinstance(line, Rejection):
@@ -124,7 +124,7 @@ def import_annotations(
         left_out[f"beyond max_samples={keep}"] += samples.dropped
     listing = Listing(samples.lines(), rejections, left_out=dict(left_out))
     if not listing.count and not left_out:
-        raise AnnotationError(f"{os.fspath(path)}: holds no row")
+        raise AnnotationError(f"{path}: holds no row")
     return listing
 
 

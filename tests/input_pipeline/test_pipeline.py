@@ -126,6 +126,18 @@ def call(*arguments) -> int:
     return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+def killed_before_the_lists(listing, out, spec=SPEC, **options) -> None:
+    """A run that is killed when all its shards are made."""
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "finish_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(listing, out, spec, **options)
+
+
 def test_every_line_is_accounted_for(videos, undisturbed):
     listing, reader = read_manifest(videos), RecordReader(undisturbed, SPEC)
     counts = reader.manifest["counts"]
@@ -239,7 +251,9 @@ def test_a_bucket_that_cannot_be_read_ends_the_run_and_rejects_nothing(videos, b
             "fake_gcs.FakeGcs.open = broken\ndecoding.serve()",
         )
         patch.setattr(prepare_module, "worker_command", lambda tfio: [*command[:-1], code])
-        with pytest.raises(UserError, match=r"gs://bucket/data/.* cannot be fetched .*the same command goes on"):
+        with pytest.raises(
+            UserError, match=r"gs://bucket/data/.* cannot be fetched .*the same command goes on"
+        ):
             prepare(listing, out, SPEC, workers=1)
     assert not (bucket / "records").exists()
     report = prepare(listing, out, SPEC, workers=2)
@@ -265,18 +279,62 @@ def test_media_that_changed_since_the_kill_are_decoded_again(videos, tmp_path):
     for number, source in enumerate(sound):
         shutil.copy(source, tmp_path / "in" / f"{number}.mp4")
     (tmp_path / "in" / "1.mp4").write_bytes(b"broken")
-
-    def killed(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "finish_records", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
+    killed_before_the_lists(list_folder(tmp_path / "in"), tmp_path / "r", workers=1)
     assert finished_shards(tmp_path / "r") == 3
     shutil.copy(sound[1], tmp_path / "in" / "1.mp4")
     report = prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
     assert (report.records, report.rejected, report.resumed) == (3, [], 2)
+
+
+def test_the_same_listing_has_the_same_plan_from_anywhere_and_under_any_time_limit(
+    videos, undisturbed, tmp_path, monkeypatch
+):
+    killed_before_the_lists(read_manifest(videos), tmp_path / "r", workers=2)
+    monkeypatch.chdir(videos.parent)
+    report = prepare(read_manifest(videos.name), tmp_path / "r", SPEC, workers=1, timeout=99.0)
+    assert report.resumed == VIDEOS + 1 and contents(tmp_path / "r") == contents(undisturbed)
+
+
+def test_late_files_are_tried_again_under_another_time_limit(videos, poisoned, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, source in zip(
+        ("a.mp4", "hangs.mp4"), sorted((videos.parent / "videos").iterdir())[:2], strict=True
+    ):
+        os.link(source, tmp_path / "in" / name)
+    listing = list_folder(tmp_path / "in")
+    killed_before_the_lists(listing, tmp_path / "r", workers=2, timeout=1.0)
+    report = prepare(listing, tmp_path / "r", SPEC, workers=2, timeout=2.0)
+    assert report.resumed == 1 and "2 s" in report.rejected[0].reason
+
+
+def test_a_job_of_another_plan_cannot_slip_its_shards_in(videos, undisturbed, tmp_path):
+    """Not ended on its cluster, it goes on writing into the folder of its --out."""
+    other, listing = (
+        MediaSpec(num_frames=2, image_size=16, window_frames=50, max_windows=2),
+        read_manifest(videos),
+    )
+    prepare_other, shard = tmp_path / "other", f"shard-00003-of-{VIDEOS + 1:05d}.array_record"
+    killed_before_the_lists(listing, prepare_other, spec=other, workers=2)
+    orphaned = list(killed_runs.working_folder(prepare_other).glob(f"{shard}*"))
+    killed_before_the_lists(listing, tmp_path / "r", workers=2)
+    working = killed_runs.working_folder(tmp_path / "r")
+    for path in orphaned:
+        shutil.copy(path, working)
+
+    run = prepare_module._make_shards
+
+    def overtaken(*arguments, **options):
+        made = run(*arguments, **options)
+        for path in orphaned:
+            shutil.copy(path, working)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_make_shards", overtaken)
+        with pytest.raises(RecordError, match=f"{shard} was written by a job with other arguments"):
+            prepare(listing, tmp_path / "r", SPEC, workers=2)
+    report = prepare(listing, tmp_path / "r", SPEC, workers=2)
+    assert report.resumed == VIDEOS and contents(tmp_path / "r") == contents(undisturbed)
 
 
 def test_a_fault_of_the_machine_is_no_rejection(videos, tmp_path, monkeypatch, capfd):

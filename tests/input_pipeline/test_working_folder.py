@@ -39,7 +39,7 @@ def plan_of(out) -> str:
     return RecordReader(out).manifest["plan"]
 
 
-def test_the_same_plan_finds_its_work_and_another_discards_it(tmp_path):
+def test_the_same_plan_finds_its_work_and_another_discards_it_when_asked(tmp_path):
     with pytest.raises(Killed), WorkingFolder(tmp_path / "r", "one") as work:
         write_shard(work.path, 0, 2, [])
         (work.path / ".shard.0123.tmp").write_text("half a shard")
@@ -49,7 +49,18 @@ def test_the_same_plan_finds_its_work_and_another_discards_it(tmp_path):
             "shard-00000-of-00002.array_record", "shard-00000-of-00002.array_record.json",
         ]  # fmt: skip
         assert work.finished is None and work.complete is None
-    with WorkingFolder(tmp_path / "r", "two") as work:
+    with (
+        pytest.raises(RecordError, match=r"\.r\.partial holds 1 finished shards.*--overwrite"),
+        WorkingFolder(tmp_path / "r", "two"),
+    ):
+        pass
+    with WorkingFolder(tmp_path / "r", "one") as work:
+        assert len(list(work.path.glob("shard*"))) == 2
+        next(work.path.glob("shard*.json")).unlink()
+    with WorkingFolder(tmp_path / "r", "three") as work:  # half a shard is nobody's loss
+        assert not list(work.path.glob("shard*"))
+        write_shard(work.path, 0, 2, [])
+    with WorkingFolder(tmp_path / "r", "two", overwrite=True) as work:
         assert not list(work.path.glob("*shard*"))
         fill(work, "two")
         work.put_in_place()

@@ -79,8 +79,11 @@ class PrepareReport:
         if self.resumed:
             lines.append(f"{self.resumed} shards were there from an earlier run")
         if self.up_to_date:
-            again = "; --overwrite tries what was rejected again" if self.rejected else ""
-            lines.append(f"the records are up to date, nothing was done{again}")
+            again = " and tries what was rejected again" if self.rejected else ""
+            lines.append(
+                "the records of this listing are there, nothing was done; media files were not looked at again, "
+                f"--overwrite does that{again}"
+            )
         if self.ignored:
             few = ", ".join(self.ignored[:3]) + (", ..." if len(self.ignored) > 3 else "")
             lines.append(f"{len(self.ignored)} files ignored, no media by their suffix: {few}")

@@ -199,8 +199,18 @@ def test_finished_records_are_left_alone(videos, undisturbed, tmp_path, capsys):
     arguments = ("--manifest", videos, "--out", tmp_path / "r", *SIZES)
     assert call(*arguments) == 1  # as the first run: something is in rejected.jsonl
     printed = capsys.readouterr().out
-    assert "up to date, nothing was done; --overwrite" in printed and "lines rejected" in printed
+    assert (
+        "nothing was done; media files were not looked at again, --overwrite" in printed
+        and "lines rejected" in printed
+    )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").iterdir()} == before
+    for name in ("samples.jsonl", "rejected.jsonl"):
+        text = (tmp_path / "r" / name).read_text()
+        for damage in (lambda path: path.unlink(), lambda path, text=text: path.write_text(text + "{}\n")):
+            damage(tmp_path / "r" / name)
+            with pytest.raises(RecordError, match=f"{name} is missing or not as long.*--overwrite"):
+                call(*arguments)
+        (tmp_path / "r" / name).write_text(text)
     with pytest.raises(RecordError, match="--overwrite"):
         call(*arguments, "--max-bytes", 10**9)
     assert os.listdir(tmp_path) == ["r"]

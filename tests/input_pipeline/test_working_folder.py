@@ -88,6 +88,30 @@ def test_finished_records_are_replaced_only_when_asked(tmp_path):
     assert plan_of(tmp_path / "r") == "two"
 
 
+def test_what_a_link_points_to_is_made(tmp_path):
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "r").symlink_to(tmp_path / "disk" / "big")
+    for plan in ("one", "two"):
+        with WorkingFolder(tmp_path / "r", plan, overwrite=True) as work:
+            assert work.path.parent == tmp_path / "disk"
+            fill(work, plan)
+            work.put_in_place()
+        assert plan_of(tmp_path / "disk" / "big") == plan
+    assert (tmp_path / "r").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "r"]
+    assert os.listdir(tmp_path / "disk") == ["big"]
+
+
+def test_a_place_that_cannot_be_renamed_is_refused_before_the_work(tmp_path, monkeypatch, gcs):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) in ("/", str(tmp_path / "disk")))
+    for place in ("/", tmp_path / "disk"):
+        with pytest.raises(RecordError, match="is a mount point; name a folder below it"):
+            WorkingFolder(place, "p").__enter__()
+    for place in ("gs://bucket", "gs://bucket/"):
+        with pytest.raises(RecordError, match="is a whole bucket; name a folder below it"):
+            WorkingFolder(place, "p").__enter__()
+    assert os.listdir(tmp_path) == []
+
+
 def test_foreign_files_are_never_touched(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "manifest.json").write_text("{}")

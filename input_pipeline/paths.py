@@ -60,9 +60,15 @@ def walk(folder: AnyPath) -> Iterator[tuple[str, list[str], list[str]]]:
     if not is_remote(folder):
         yield from os.walk(folder)
         return
-    for directory, folders, files in folder.walk():
+    for directory, folders, files in folder.walk(on_error=_raise_unless_missing):
         text = os.fspath(directory)  # fsspec leaves the scheme out.
         yield text if is_remote(text) else f"gs://{text.lstrip('/')}", folders, files
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    """What cannot be listed is no empty folder."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def join(root: str | os.PathLike[str], name: str) -> str:

@@ -16,6 +16,7 @@ relative to the manifest's folder or the media root. "interval": [12.0, 22.0] me
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -111,8 +112,8 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         media_root: folder that media paths are relative to; default the manifest's own.
 
     Returns:
-        A Listing in the manifest's order. A line that is no JSON object, lacks a field or holds no proper
-        conversation becomes a Rejection that names its number.
+        A Listing in the manifest's order. A line that is no JSON object, lacks a field, holds no proper
+        conversation or one with an id that an earlier one has becomes a Rejection that names its number.
 
     Raises:
         ManifestError: the manifest cannot be read, holds no line, or is one JSON array.
@@ -128,7 +129,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
     if text.lstrip().startswith("["):
         raise ManifestError(f"{path} is one JSON array; write one object per line (jq -c '.[]' {path.name})")
     # Absolute: the same manifest, named from another folder, has the same listing.
-    shown, lines, rejections = join(".", str(path)), [], []
+    shown, lines, rejections, ids = join(".", str(path)), [], [], SeenIds()
     left_out: dict[str, int] = {}
     for number, raw in enumerate(text.split("\n"), start=1):
         if not raw.strip():
@@ -144,7 +145,9 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         if _is_note(entry, "left_out"):
             left_out.update(entry["left_out"])
             continue
-        parsed = parse_line(entry, root, default_source=path.stem, where=f"line {number}", manifest=shown)
+        where = f"line {number}"
+        parsed = parse_line(entry, root, default_source=path.stem, where=where, manifest=shown)
+        parsed = ids.check(parsed, where)
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     if not lines and not rejections:
         raise ManifestError(f"{path} holds no line")
@@ -208,9 +211,10 @@ def parse_lines(
     entries: Iterable[Mapping[str, Any]], media_root: str | os.PathLike[str] = ".", *, source: str = ""
 ) -> Listing:
     """Like `read_manifest` for lines that are already objects; `source` is the default of their "source"."""
-    lines, rejections = [], []
+    lines, rejections, ids = [], [], SeenIds()
     for number, entry in enumerate(entries, start=1):
-        parsed = parse_line(entry, media_root, default_source=source, where=f"entry {number}")
+        where = f"entry {number}"
+        parsed = ids.check(parse_line(entry, media_root, default_source=source, where=where), where)
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     return Listing(lines, rejections)
 
@@ -321,6 +325,29 @@ def parse_line(
         extra={key: value for key, value in entry.items() if key not in known},
         interval=interval,
     )
+
+
+def id_hash(line_id: str) -> int:
+    """64 bits that stand for an id: two of ten million are the same with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(line_id.encode(), digest_size=8).digest(), "big")
+
+
+class SeenIds:
+    """The ids of the conversations of one listing: predictions and annotations are matched by them."""
+
+    def __init__(self) -> None:
+        self._where: dict[int, str] = {}
+
+    def check(self, line: MediaLine | Rejection, where: str) -> MediaLine | Rejection:
+        """The line; a Rejection if an earlier one has its id. `where` is what to call it, "line 7"."""
+        if isinstance(line, Rejection) or line.conversations is None:
+            return line
+        key = id_hash(line.id)
+        if key in self._where:
+            reason = f"{where}: {self._where[key]} has the same id"
+            return Rejection(line.path, line.id, reason, "manifest")
+        self._where[key] = where
+        return line
 
 
 def _is_interval(value: Any) -> bool:

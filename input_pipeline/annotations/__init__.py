@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import heapq
 import inspect
 import os
@@ -35,7 +34,7 @@ from input_pipeline.annotations.saven_vid import AvBench, SavenVid
 from input_pipeline.annotations.vggsound import VggSound
 from input_pipeline.annotations.videoinstruct import VideoInstruct
 from input_pipeline.annotations.videomme import VideoMme
-from input_pipeline.manifest import Listing, MediaLine, Rejection, parse_line
+from input_pipeline.manifest import Listing, MediaLine, Rejection, SeenIds, id_hash, parse_line
 from input_pipeline.paths import join
 from input_pipeline.progress import track
 
@@ -97,7 +96,7 @@ def import_annotations(
     samples = _Sample(keep)
     rejections: list[Rejection] = []
     left_out: Counter[str] = Counter()
-    ids: set[str] = set()
+    ids = SeenIds()
     try:
         for where, outcome in track(
             importer.read(path, files), label=f"import {importer.name}", unit="items"
@@ -110,12 +109,10 @@ def import_annotations(
                 rejections.append(Rejection(path, outcome.id, reason, "manifest"))
                 continue
             line = parse_line(outcome, media_root, default_source=importer.name, where=where, manifest=path)
-            if isinstance(line, MediaLine) and line.id in ids:
-                line = Rejection(line.path, line.id, f"{where}: an earlier row has the same id", "manifest")
+            line = ids.check(line, where)
             if isinstance(line, Rejection):
                 rejections.append(line)
                 continue
-            ids.add(line.id)
             samples.add(line)
     except WrongFile as error:
         known = [o for o in DATASETS.values() if o.recognises(head) and not isinstance(importer, o)]
@@ -161,7 +158,7 @@ class _Sample:
 
     def add(self, line: MediaLine) -> None:
         # The count parts equal hashes, so lines themselves are never compared.
-        item = (-_hash(line.id) if self._keep else 0, self._count, line)
+        item = (-id_hash(line.id) if self._keep else 0, self._count, line)
         self._count += 1
         if not self._keep:
             self._heap.append(item)
@@ -176,10 +173,6 @@ class _Sample:
 
     def lines(self) -> list[MediaLine]:
         return [line for _, _, line in sorted(self._heap, key=lambda item: item[1])]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _plain(name: str) -> str:

@@ -103,6 +103,19 @@ def test_a_listing_comes_back_unchanged(tmp_path):
     assert listing.count == 5
 
 
+def test_an_id_belongs_to_one_conversation(tmp_path):
+    entries = [line(id="a"), line(id="b"), {"id": "a", "video": "alone.mp4"}, line(id="a", video="b.mp4")]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(["", *map(json.dumps, entries)]))
+    for listing, second, first in (
+        (read_manifest(path), "line 5", "line 2"),
+        (parse_lines(entries, tmp_path), "entry 4", "entry 1"),
+    ):
+        assert [parsed.id for parsed in listing.lines] == ["a", "b", "a"]
+        refused = Rejection(str(tmp_path / "b.mp4"), "a", f"{second}: {first} has the same id", "manifest")
+        assert listing.rejections == [refused]
+
+
 def test_notes_that_are_none_are_refused(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"rejected": {"path": "p"}}\n{"rejected": 3}\n{"left_out": 3}\n')

@@ -29,7 +29,7 @@ import msgpack
 from input_pipeline.containers import MEDIA_SUFFIXES
 from input_pipeline.conversation import ConversationError, split_rounds
 from input_pipeline.errors import UserError
-from input_pipeline.paths import is_remote, join, to_path, walk
+from input_pipeline.paths import appearing, is_remote, join, to_path, walk
 
 MEDIA_KEYS = ("video", "audio", "image")
 DEFAULT_TASK = "chat"  # Of a conversation that does not name its task: plain instruction following.
@@ -168,15 +168,14 @@ def write_manifest(listing: Listing, path: str | os.PathLike[str]) -> None:
 
     Args:
         listing: of an importer or a manifest.
-        path: the file; replaced if it is there.
+        path: the file, local or gs://; replaced if it is there.
 
     Raises:
         ManifestError: a line's kind is "auto" (files without a manifest), or the file cannot be written.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    path = to_path(path)
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with appearing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for line in listing.lines:
                 file.write(json.dumps(_entry(line), ensure_ascii=False) + "\n")
             for rejection in listing.rejections:
@@ -184,11 +183,8 @@ def write_manifest(listing: Listing, path: str | os.PathLike[str]) -> None:
                 file.write(json.dumps(note, ensure_ascii=False) + "\n")
             if listing.left_out:
                 file.write(json.dumps({"left_out": listing.left_out}, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise ManifestError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _entry(line: MediaLine) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from input_pipeline.annotations import DATASETS, describe_dataset, import_annotations
+from input_pipeline.annotations import DATASETS, describe_dataset, describe_datasets, import_annotations
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
     Listing,
@@ -87,7 +87,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--describe-dataset",
         metavar="NAME",
-        help="tell what files a data set's importer reads, where its media may lie and which options it has",
+        nargs="?",
+        const="",
+        help="tell what files a data set's importer reads, where its media may lie and which options it has; "
+        "without a NAME, which data sets there are",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="folder of records to create, local or gs://bucket/folder"
@@ -160,8 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `avlm prepare`; returns its exit code. Raises UserError for unusable arguments."""
-    if args.describe_dataset:
-        print(describe_dataset(args.describe_dataset))
+    if args.describe_dataset is not None:
+        print(describe_dataset(args.describe_dataset) if args.describe_dataset else describe_datasets())
         return 0
     files, beam_options = _split_files(args.files)
     listing = _list(args, files)

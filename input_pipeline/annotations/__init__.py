@@ -126,7 +126,7 @@ def import_annotations(
 
 
 def describe_datasets() -> str:
-    """The data sets, a line each with the file they read: for the command's help."""
+    """The data sets, a line each with the file they read."""
     width = max(map(len, DATASETS))
     return "\n".join(f"  {n:{width}}  {i.title}: {i.summary}" for n, i in DATASETS.items())
 

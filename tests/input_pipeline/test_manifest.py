@@ -18,6 +18,7 @@ from input_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests import fake_gcs
 
 TURNS = [{"from": "human", "value": "<video>\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]
 
@@ -129,6 +130,16 @@ def test_manifests_that_cannot_be_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
     with pytest.raises(ManifestError, match="cannot be written"):
         write_manifest(parse_lines([line()]), tmp_path / "none" / "m.jsonl")
+
+
+def test_a_manifest_is_written_to_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv(fake_gcs.ROOT, str(tmp_path))
+    fake_gcs.register()
+    listing = parse_lines([line(id="a")], "gs://bucket/media", source="all")
+    (tmp_path / "bucket").mkdir()
+    write_manifest(listing, "gs://bucket/m.jsonl")
+    assert read_manifest("gs://bucket/m.jsonl", "gs://bucket/media") == listing
+    assert [file.name for file in (tmp_path / "bucket").iterdir()] == ["m.jsonl"]
 
 
 def test_a_bucket_is_no_folder_of_this_machine():

@@ -323,6 +323,8 @@ def test_options_of_an_importer(clips, tmp_path, capsys):
         call("--dataset", "vgsound", "--annotations", tmp_path / "a.csv", "--out", tmp_path / "r")
     assert call("--describe-dataset", "VGGSound") == 0
     assert "split=train" in capsys.readouterr().out
+    assert call("--describe-dataset") == 0
+    assert "  vggsound      VGGSound: clips with the label" in capsys.readouterr().out
 
 
 def test_the_audio_backend_is_part_of_the_plan(clips, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from input_pipeline.manifest import (
     parse_lines,
 )
 from input_pipeline.media import Limits
-from input_pipeline.paths import AnyPath, is_remote, to_path
+from input_pipeline.paths import AnyPath, is_remote, map_files, to_path
 from input_pipeline.plan import Plan, make_plan
 from input_pipeline.records import (
     MANIFEST,
@@ -231,10 +231,11 @@ def _make_shards(
 
 def _entries(folder: AnyPath, plan: Plan) -> list[dict[str, Any]]:
     """The entries of all shards, in order; every line that was planned is in them, as what it became."""
+    total = len(plan.shards)
+    find = functools.partial(finished_shard, folder, num_shards=total, verify=False)
     entries = []
-    for shard in plan.shards:
-        entry = finished_shard(folder, shard.index, len(plan.shards), verify=False)
-        name = shard_name(shard.index, len(plan.shards))
+    for index, entry in enumerate(map_files(find, range(total), folder)):
+        name = shard_name(index, total)
         if entry is None:
             raise RecordError(f"{folder / name} was not made or is damaged; the same command makes it again")
         if entry.get("plan") != plan.sha256:

@@ -39,11 +39,13 @@ what to prepare (one of):
   avlm prepare --dataset vggsound --annotations vggsound.csv --media-root vggsound/video --out records/vggsound \\
       --dataset-option split=train
       a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at.
+      Ten million rows take 13 GB of memory on the machine that starts this; divide larger files.
       avlm prepare --describe-dataset vggsound tells what that importer reads and which options it has
 
 after a kill, a crash or Ctrl-C:
   the same command again goes on with what is missing; finished shards wait in records/.train.partial.
   On finished records it does nothing. Files that were rejected are tried again with --overwrite.
+  With gs:// a run that was killed (not by Ctrl-C) may leave a shard of each process in $TMPDIR/avlm-*.
 
 on many machines (pip install 'avlm_jax[gcp]' for gs:// and Dataflow; Beam's own options stand behind --):
   avlm prepare --manifest gs://bucket/train.jsonl --out gs://bucket/records/train --runner DataflowRunner \\

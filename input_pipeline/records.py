@@ -31,7 +31,7 @@ from PIL import Image
 
 from input_pipeline.errors import UserError
 from input_pipeline.features import feature_shapes, keep_large_buffers
-from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, to_path, write_text
+from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, map_files, to_path, write_text
 from input_pipeline.spec import PIXELS, MediaSpec
 
 if TYPE_CHECKING:
@@ -215,8 +215,9 @@ def finish_records(
             open(rejected_path, "w", encoding="utf-8") as rejected_file,
         ):
             counts["rejected"] += _write_rows(rejected_file, rejected)
-            for entry in entries:
-                sidecar = _read_sidecar(folder / entry["file"])
+            entries = list(entries)
+            sidecars = map_files(_read_sidecar, (folder / entry["file"] for entry in entries), folder)
+            for entry, sidecar in zip(entries, sidecars, strict=True):
                 if sidecar is None:
                     raise RecordError(f"{folder / entry['file']}{SIDECAR} is missing or damaged; run again")
                 first = counts["records"]

@@ -20,7 +20,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from input_pipeline.paths import COPY_BYTES, AnyPath, file_size, is_remote, join, to_path, write_text
+from input_pipeline.paths import (
+    COPY_BYTES,
+    REQUESTS_AT_ONCE,
+    AnyPath,
+    file_size,
+    is_remote,
+    join,
+    map_files,
+    to_path,
+    write_text,
+)
 from input_pipeline.records import (
     MANIFEST,
     REJECTED,
@@ -31,7 +41,6 @@ from input_pipeline.records import (
 )
 
 PLAN = "plan.sha256"
-MOVES_AT_ONCE = 16  # Objects of Cloud Storage moved side by side; each takes some round trips, no bandwidth.
 
 
 class WorkingFolder:
@@ -180,7 +189,7 @@ class WorkingFolder:
         # From here to the end there are no records: half of them would be neither the old nor the new ones.
         with contextlib.suppress(FileNotFoundError):
             (self._out / MANIFEST).unlink()
-        with ThreadPoolExecutor(MOVES_AT_ONCE) as executor:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as executor:
             list(executor.map(lambda path: path.unlink(), stale))
             # epath moves objects only into a folder that there is: one with an object in it.
             if (self.path / REJECTED).exists():
@@ -248,9 +257,9 @@ def _damaged(folder: AnyPath, manifest: dict[str, Any]) -> list[str]:
     """Files of finished records that are missing, or shorter or longer than their manifest says."""
     counts = manifest["counts"]
     lists = {SAMPLES: counts["samples"], REJECTED: counts["rejected"]}
-    missing = [
-        shard["file"] for shard in manifest["shards"] if _size(folder / shard["file"]) != shard["bytes"]
-    ]
+    shards = manifest["shards"]
+    sizes = map_files(_size, (folder / shard["file"] for shard in shards), folder)
+    missing = [shard["file"] for shard, size in zip(shards, sizes, strict=True) if size != shard["bytes"]]
     return missing + [name for name, lines in lists.items() if _count_lines(folder / name) != lines]
 
 

@@ -55,7 +55,7 @@ class MediaFiles:
             (path relative to the root, the stem).
 
         Raises:
-            RowError: there is none (the names are told), or several of one name and kind.
+            RowError: there is none (some names are told), or several of one name and kind.
         """
         for stem in stems:
             names = self.by_stem.get(stem)
@@ -69,7 +69,10 @@ class MediaFiles:
                     )
                 if fitting:
                     return fitting[0], stem
-        raise RowError(f"no {' or '.join(kinds)} file below {self.root} is named {', '.join(stems)}")
+        # Short: a listing may hold millions of these.
+        shown = stems if len(stems) < 4 else [*stems[:2], stems[-1]]
+        tried = ", ".join(shown) + (f" or as {more} more" if (more := len(stems) - len(shown)) else "")
+        raise RowError(f"no {' or '.join(kinds)} file below {self.root} is named {tried}")
 
 
 def kind_of(name: str) -> str:

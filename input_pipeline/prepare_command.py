@@ -55,8 +55,8 @@ on many machines (pip install 'avlm_jax[gcp]' for gs:// and Dataflow; Beam's own
   The machines need this package, by an image with it or --setup_file ./setup.py, and see the same paths.
 
 exit codes:
-  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done;
-  130 interrupted, the same command goes on
+  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done,
+  or a full disk or a bucket that cannot be read ended the run; 130 interrupted. The same command goes on
 """
 
 
@@ -102,7 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write what would be prepared as a manifest of JSON lines, and stop; no --out",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace records that are in --out")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace records that are in --out, and what a killed run with other arguments has finished",
+    )
     parser.add_argument(
         "--media-root",
         metavar="DIR",

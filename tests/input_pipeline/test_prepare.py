@@ -324,7 +324,7 @@ def test_options_of_an_importer(clips, tmp_path, capsys):
     assert call("--describe-dataset", "VGGSound") == 0
     assert "split=train" in capsys.readouterr().out
     assert call("--describe-dataset") == 0
-    assert "  vggsound      VGGSound: clips with the label" in capsys.readouterr().out
+    assert "  vggsound       VGGSound: clips with the label" in capsys.readouterr().out
 
 
 def test_the_audio_backend_is_part_of_the_plan(clips, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 import msgpack
 
+from input_pipeline.errors import UserError
 from input_pipeline.manifest import MediaLine, Rejection
 from input_pipeline.media import Limits, MediaError, load_media
 from input_pipeline.paths import COPY_BYTES, file_size, is_remote, to_path
@@ -29,6 +31,11 @@ from input_pipeline.tfio_audio import TfioAudio
 from input_pipeline.workers import send
 
 SELF_DESTRUCT_MARGIN = 5.0  # s after the limit at which a worker ends itself, should its parent be gone.
+FULL = (errno.ENOSPC, errno.EDQUOT)  # No room on the disk.
+
+
+class MachineFault(UserError):
+    """A file could not be tried for a reason that lies in the machine, the network or the rights: no rejection."""
 
 
 def prepare_one(
@@ -50,6 +57,9 @@ def prepare_one(
 
     Returns:
         A record (see records.py), or why there is none.
+
+    Raises:
+        MachineFault: the file cannot be fetched, though it may well be there, or the disk is full.
     """
     first, limits = lines[0], limits or Limits()
     try:
@@ -74,21 +84,32 @@ def _local_file(path: str, limits: Limits, scratch: str | None) -> Iterator[str]
     if not is_remote(path):
         yield path
         return
-    remote = to_path(path)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        copy = os.path.join(folder, remote.name)
+    if not path.startswith("gs://"):
+        raise MediaError(path, "only local paths and gs:// addresses are supported", "open")
+    with contextlib.ExitStack() as stack:
         try:
-            size = file_size(remote)
+            remote = to_path(path)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=scratch))
+            copy = os.path.join(folder, remote.name)
+            try:
+                size = file_size(remote)
+                if size <= limits.max_bytes:
+                    with remote.open("rb") as source, open(copy, "wb") as target:
+                        shutil.copyfileobj(source, target, COPY_BYTES)
+            except (FileNotFoundError, IsADirectoryError):
+                raise MediaError(path, "no such file", "open") from None
             if size > limits.max_bytes:
                 raise MediaError(
                     path, f"has {size} bytes; the limit max_bytes is {limits.max_bytes}", "limit"
                 )
-            with remote.open("rb") as source, open(copy, "wb") as target:
-                shutil.copyfileobj(source, target, COPY_BYTES)
-        except FileNotFoundError:
-            raise MediaError(path, "no such file", "open") from None
-        except OSError as error:
-            raise MediaError(path, f"cannot be read: {error}", "open") from None
+        except MediaError:
+            raise
+        # Credentials that expired, a network that is down, a full disk: gcsfs has errors of many kinds.
+        except Exception as error:
+            raise MachineFault(
+                f"{path} cannot be fetched ({type(error).__name__}: {error}); when that is mended, the same "
+                "command goes on"
+            ) from error
         yield copy
 
 
@@ -127,15 +148,28 @@ def serve(tfio: Mapping[str, Any] | None = None) -> None:
                 scratch=job["scratch"],
                 audio_reader=reader,
             )
-        except Exception as error:  # a defect of this program, or no memory: one file's, not the run's
-            reason = f"unexpected {type(error).__name__}: {error}"
-            result = Rejection(lines[0].path, lines[0].id, reason, "crash")
+            answer = (
+                {"record": result} if isinstance(result, bytes) else {"rejection": dataclasses.asdict(result)}
+            )
+        except Exception as error:
+            answer = _unexpected(error, lines[0])
         if hasattr(signal, "setitimer"):
             signal.setitimer(signal.ITIMER_REAL, 0)
-        answer = (
-            {"record": result} if isinstance(result, bytes) else {"rejection": dataclasses.asdict(result)}
-        )
         send(answers, msgpack.packb(answer))
+
+
+def _unexpected(error: Exception, line: MediaLine) -> dict[str, Any]:
+    """The answer on an exception: the machine's fault, or a defect of this program, which is one file's.
+
+    So is a lack of memory: on a machine that is short of it the kernel kills, an exception means that one
+    allocation was absurd. Were it a fault, a single file could keep a run from ever ending.
+    """
+    if isinstance(error, UserError):  # MachineFault; or tensorflow-io cannot be started
+        return {"fault": str(error)}
+    if isinstance(error, OSError) and error.errno in FULL:
+        return {"fault": f"{line.path} cannot be decoded ({error}); make room, and the same command goes on"}
+    reason = f"unexpected {type(error).__name__}: {error}"
+    return {"rejection": dataclasses.asdict(Rejection(line.path, line.id, reason, "crash"))}
 
 
 def _media_line(fields: Mapping[str, Any]) -> MediaLine:

@@ -16,6 +16,7 @@ relative to the manifest's folder or the media root. "interval": [12.0, 22.0] me
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import msgpack
 from input_pipeline.containers import MEDIA_SUFFIXES
 from input_pipeline.conversation import ConversationError, split_rounds
 from input_pipeline.errors import UserError
-from input_pipeline.paths import is_remote, join, to_path, walk
+from input_pipeline.paths import appearing, is_remote, join, to_path, walk
 
 MEDIA_KEYS = ("video", "audio", "image")
 DEFAULT_TASK = "chat"  # Of a conversation that does not name its task: plain instruction following.
@@ -111,8 +112,8 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         media_root: folder that media paths are relative to; default the manifest's own.
 
     Returns:
-        A Listing in the manifest's order. A line that is no JSON object, lacks a field or holds no proper
-        conversation becomes a Rejection that names its number.
+        A Listing in the manifest's order. A line that is no JSON object, lacks a field, holds no proper
+        conversation or one with an id that an earlier one has becomes a Rejection that names its number.
 
     Raises:
         ManifestError: the manifest cannot be read, holds no line, or is one JSON array.
@@ -127,7 +128,8 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         raise ManifestError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if text.lstrip().startswith("["):
         raise ManifestError(f"{path} is one JSON array; write one object per line (jq -c '.[]' {path.name})")
-    lines, rejections = [], []
+    # Absolute: the same manifest, named from another folder, has the same listing.
+    shown, lines, rejections, ids = join(".", str(path)), [], [], SeenIds()
     left_out: dict[str, int] = {}
     for number, raw in enumerate(text.split("\n"), start=1):
         if not raw.strip():
@@ -135,7 +137,7 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         try:
             entry = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            rejections.append(Rejection(str(path), "", f"line {number} is not JSON: {error}", "manifest"))
+            rejections.append(Rejection(shown, "", f"line {number} is not JSON: {error}", "manifest"))
             continue
         if _is_note(entry, "rejected", Rejection.__annotations__):
             rejections.append(Rejection(**entry["rejected"]))
@@ -143,7 +145,9 @@ def read_manifest(path: str | os.PathLike[str], media_root: str | os.PathLike[st
         if _is_note(entry, "left_out"):
             left_out.update(entry["left_out"])
             continue
-        parsed = parse_line(entry, root, default_source=path.stem, where=f"line {number}", manifest=str(path))
+        where = f"line {number}"
+        parsed = parse_line(entry, root, default_source=path.stem, where=where, manifest=shown)
+        parsed = ids.check(parsed, where)
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     if not lines and not rejections:
         raise ManifestError(f"{path} holds no line")
@@ -164,15 +168,14 @@ def write_manifest(listing: Listing, path: str | os.PathLike[str]) -> None:
 
     Args:
         listing: of an importer or a manifest.
-        path: the file; replaced if it is there.
+        path: the file, local or gs://; replaced if it is there.
 
     Raises:
         ManifestError: a line's kind is "auto" (files without a manifest), or the file cannot be written.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    path = to_path(path)
     try:
-        with open(unfinished, "w", encoding="utf-8") as file:
+        with appearing(path) as unfinished, open(unfinished, "w", encoding="utf-8") as file:
             for line in listing.lines:
                 file.write(json.dumps(_entry(line), ensure_ascii=False) + "\n")
             for rejection in listing.rejections:
@@ -180,11 +183,8 @@ def write_manifest(listing: Listing, path: str | os.PathLike[str]) -> None:
                 file.write(json.dumps(note, ensure_ascii=False) + "\n")
             if listing.left_out:
                 file.write(json.dumps({"left_out": listing.left_out}, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
     except OSError as error:
-        raise ManifestError(f"{path}: cannot be written ({error.strerror})") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+        raise ManifestError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def _entry(line: MediaLine) -> dict[str, Any]:
@@ -207,9 +207,10 @@ def parse_lines(
     entries: Iterable[Mapping[str, Any]], media_root: str | os.PathLike[str] = ".", *, source: str = ""
 ) -> Listing:
     """Like `read_manifest` for lines that are already objects; `source` is the default of their "source"."""
-    lines, rejections = [], []
+    lines, rejections, ids = [], [], SeenIds()
     for number, entry in enumerate(entries, start=1):
-        parsed = parse_line(entry, media_root, default_source=source, where=f"entry {number}")
+        where = f"entry {number}"
+        parsed = ids.check(parse_line(entry, media_root, default_source=source, where=where), where)
         (lines if isinstance(parsed, MediaLine) else rejections).append(parsed)
     return Listing(lines, rejections)
 
@@ -320,6 +321,29 @@ def parse_line(
         extra={key: value for key, value in entry.items() if key not in known},
         interval=interval,
     )
+
+
+def id_hash(line_id: str) -> int:
+    """64 bits that stand for an id: two of ten million are the same with a probability of 3e-6."""
+    return int.from_bytes(hashlib.blake2b(line_id.encode(), digest_size=8).digest(), "big")
+
+
+class SeenIds:
+    """The ids of the conversations of one listing: predictions and annotations are matched by them."""
+
+    def __init__(self) -> None:
+        self._where: dict[int, str] = {}
+
+    def check(self, line: MediaLine | Rejection, where: str) -> MediaLine | Rejection:
+        """The line; a Rejection if an earlier one has its id. `where` is what to call it, "line 7"."""
+        if isinstance(line, Rejection) or line.conversations is None:
+            return line
+        key = id_hash(line.id)
+        if key in self._where:
+            reason = f"{where}: {self._where[key]} has the same id"
+            return Rejection(line.path, line.id, reason, "manifest")
+        self._where[key] = where
+        return line
 
 
 def _is_interval(value: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from input_pipeline.errors import UserError
 from input_pipeline.spec import MediaSpec
@@ -44,12 +46,25 @@ def media_spec_from_config(name: str, overrides: Sequence[str] = ()) -> MediaSpe
         key, _, value = override.removeprefix("--config.").partition("=")
         if not key.startswith("media."):
             raise UserError(f"{override}: `avlm prepare` reads the section media only; leave it out")
-        fields[key.removeprefix("media.")] = int(value) if value.isdecimal() else value
-    for key in fields:
+        fields[key.removeprefix("media.")] = value
+    for key, value in fields.items():
         if key not in SPEC_FIELDS:
             near = difflib.get_close_matches(key, SPEC_FIELDS, 1, 0.0)
             raise UserError(f"--config {name}: media.{key} is unknown; did you mean media.{near[0]}?")
+        fields[key] = _converted(key, value)
     try:
         return MediaSpec(**fields)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"--config {name}: {error}") from None
+
+
+def _converted(key: str, value: Any) -> Any:
+    """`value` of a configuration, or the text of an override, as the field's type."""
+    wanted = type(getattr(MediaSpec(), key))
+    if wanted is int and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = int(value)
+    if type(value) is not wanted:
+        what = {int: "a whole number", str: "a text"}[wanted]
+        raise UserError(f"media.{key}={value!r}: it must be {what}")
+    return value

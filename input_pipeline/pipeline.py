@@ -23,6 +23,7 @@ from typing import Any
 
 import msgpack
 
+from input_pipeline.decoding import MachineFault
 from input_pipeline.errors import UserError
 from input_pipeline.paths import is_remote, to_path
 from input_pipeline.plan import ShardPlan, read_groups
@@ -69,6 +70,7 @@ class Work:
 
     Attributes:
         folder: the working folder.
+        plan: its sha256.
         plan_file: where `Plan.write` wrote.
         num_shards: in the plan.
         job: what a decoding process is told with each group of lines, see `decoding.serve`.
@@ -78,6 +80,7 @@ class Work:
     """
 
     folder: str
+    plan: str
     plan_file: str
     num_shards: int
     job: dict[str, Any]
@@ -156,11 +159,11 @@ def make_shard(shard: ShardPlan, work: Work, session: _Session) -> dict[str, Any
     groups = read_groups(to_path(work.plan_file), shard)
     state = _media_state(groups)
     entry = finished_shard(work.folder, shard.index, work.num_shards)
-    if entry is not None and entry["media_state"] == state:
+    if entry is not None and _is_wanted(entry, state, work):
         session.count(len(groups), resumed=1)
         return entry
     rejected: list[dict[str, str]] = []
-    extra = {"media_only": 0, "media_state": state}
+    extra = {"media_only": 0, "media_state": state, "plan": work.plan, "late": None}
 
     def records() -> Iterator[bytes]:
         # The worker is given back before the shard is closed and hashed: others decode meanwhile.
@@ -174,13 +177,42 @@ def make_shard(shard: ShardPlan, work: Work, session: _Session) -> dict[str, Any
                     extra["media_only"] += sum(line["conversations"] is None for line in group)
                     yield answer["record"]
                 else:
+                    if answer["rejection"]["stage"] == "timeout":
+                        extra["late"] = work.timeout
                     rejected.extend({**answer["rejection"], "id": line["id"]} for line in group)
 
     return write_shard(work.folder, shard.index, work.num_shards, records(), rejected=rejected, extra=extra)
 
 
+def _is_wanted(entry: dict[str, Any], state: str, work: Work) -> bool:
+    """Whether a finished shard is what this run would make.
+
+    A job of another plan that was not ended may still write into the folder. The time limit is no part of the
+    plan, as it changes nothing for a file that came through; files that were late are tried again under another.
+    """
+    made = (entry.get("plan"), entry.get("media_state"))
+    return made == (work.plan, state) and entry["late"] in (None, work.timeout)
+
+
 def _decode(group: list[dict[str, Any]], work: Work, worker: Worker, scratch: str) -> dict[str, Any]:
-    """A worker's answer on one media file, or the rejection that a failure of the worker amounts to."""
+    """A worker's answer on one media file, or the rejection that a failure of the worker amounts to.
+
+    A crash may be another's doing: of an earlier file that damaged the process, of whoever killed it while it
+    was idle. It counts as the file's own when it comes again in a process that has seen nothing else.
+
+    Raises:
+        MachineFault: see `prepare_one`.
+    """
+    answer = _attempt(group, work, worker, scratch)
+    if answer.get("rejection", {}).get("stage") == "crash":
+        worker.renew()
+        answer = _attempt(group, work, worker, scratch)
+    if "fault" in answer:
+        raise MachineFault(answer["fault"])
+    return answer
+
+
+def _attempt(group: list[dict[str, Any]], work: Work, worker: Worker, scratch: str) -> dict[str, Any]:
     job = {**work.job, "timeout": work.timeout, "lines": group, "scratch": scratch}
     try:
         return msgpack.unpackb(worker.run(msgpack.packb(job), work.timeout))

@@ -19,7 +19,7 @@ from input_pipeline.manifest import (
     parse_lines,
 )
 from input_pipeline.media import Limits
-from input_pipeline.paths import AnyPath, is_remote, to_path
+from input_pipeline.paths import AnyPath, is_remote, map_files, to_path
 from input_pipeline.plan import Plan, make_plan
 from input_pipeline.records import (
     MANIFEST,
@@ -36,7 +36,7 @@ from input_pipeline.working_folder import WorkingFolder
 
 DEFAULT_TIMEOUT = 120.0  # s per file; an hour of 1080p H.264 takes about a minute on one core.
 LOCAL_RUNNER, DATAFLOW_RUNNER = "DirectRunner", "DataflowRunner"
-PLAN_FILE = "plan.msgpack"  # in the working folder
+PLAN_FILE = "plan-{sha256}.msgpack"  # In the working folder. A job of another plan finds no plan there.
 SHOWN_REJECTIONS = 10  # lines of the summary; all are in rejected.jsonl
 
 
@@ -79,8 +79,11 @@ class PrepareReport:
         if self.resumed:
             lines.append(f"{self.resumed} shards were there from an earlier run")
         if self.up_to_date:
-            again = "; --overwrite tries what was rejected again" if self.rejected else ""
-            lines.append(f"the records are up to date, nothing was done{again}")
+            again = " and tries what was rejected again" if self.rejected else ""
+            lines.append(
+                "the records of this listing are there, nothing was done; media files were not looked at again, "
+                f"--overwrite does that{again}"
+            )
         if self.ignored:
             few = ", ".join(self.ignored[:3]) + (", ..." if len(self.ignored) > 3 else "")
             lines.append(f"{len(self.ignored)} files ignored, no media by their suffix: {few}")
@@ -114,8 +117,8 @@ def prepare(
 ) -> PrepareReport:
     """Makes a folder of records; the same input gives the same bytes, however many work on it.
 
-    A run that was killed is taken up by another with the same arguments; one on finished records does
-    nothing.
+    A run that was killed is taken up by another with the same arguments (the time limit and the number of
+    workers may differ); one on finished records does nothing.
 
     Args:
         lines: a Listing, or native manifest lines as objects (see manifest.py).
@@ -146,7 +149,7 @@ def prepare(
         _check_remote(out_dir, listing)
     job = {"spec": dataclasses.asdict(spec), "limits": dataclasses.asdict(limits)}
     rejections = [dataclasses.asdict(rejection) for rejection in listing.rejections]
-    settings = {**job, "timeout": timeout, "schema_version": SCHEMA_VERSION, "rejections": rejections}
+    settings = {**job, "schema_version": SCHEMA_VERSION, "rejections": rejections}
     # Another decoder, and another version of it, gives other samples.
     audio_backend = None if tfio is None else {"name": "tfio", **backend_versions(tfio)}
     if audio_backend is not None:
@@ -206,7 +209,7 @@ def _make_shards(
     **options: Any,
 ) -> int:
     """Makes the shards that are not there; returns how many were. `options` are `run_pipeline`'s."""
-    plan_file = folder / PLAN_FILE
+    plan_file = folder / PLAN_FILE.format(sha256=plan.sha256)
     if not plan_file.exists():
         plan.write(plan_file)
     if not plan.shards:
@@ -216,6 +219,7 @@ def _make_shards(
     audio = None if tfio is None else {"python": tfio, "timeout": timeout, "limits": job["limits"]}
     work = Work(
         folder=os.fspath(folder),
+        plan=plan.sha256,
         plan_file=os.fspath(plan_file),
         num_shards=len(plan.shards),
         job=dict(job),
@@ -227,12 +231,18 @@ def _make_shards(
 
 def _entries(folder: AnyPath, plan: Plan) -> list[dict[str, Any]]:
     """The entries of all shards, in order; every line that was planned is in them, as what it became."""
+    total = len(plan.shards)
+    find = functools.partial(finished_shard, folder, num_shards=total, verify=False)
     entries = []
-    for shard in plan.shards:
-        entry = finished_shard(folder, shard.index, len(plan.shards), verify=False)
+    for index, entry in enumerate(map_files(find, range(total), folder)):
+        name = shard_name(index, total)
         if entry is None:
-            name = shard_name(shard.index, len(plan.shards))
             raise RecordError(f"{folder / name} was not made or is damaged; the same command makes it again")
+        if entry.get("plan") != plan.sha256:
+            raise RecordError(
+                f"{folder / name} was written by a job with other arguments that is still at work; end that job, "
+                "and the same command makes the shard again"
+            )
         entries.append(entry)
     num_lines = sum(map(len, plan.groups))
     found = sum(entry["samples"] + entry["media_only"] + entry["rejected"] for entry in entries)

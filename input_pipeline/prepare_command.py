@@ -12,7 +12,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from input_pipeline.annotations import DATASETS, describe_dataset, import_annotations
+from input_pipeline.annotations import DATASETS, describe_dataset, describe_datasets, import_annotations
 from input_pipeline.errors import UserError
 from input_pipeline.manifest import (
     Listing,
@@ -39,11 +39,13 @@ what to prepare (one of):
   avlm prepare --dataset vggsound --annotations vggsound.csv --media-root vggsound/video --out records/vggsound \\
       --dataset-option split=train
       a public data set in its own form; with --write-manifest FILE in place of --out, as a manifest to look at.
+      Ten million rows take 13 GB of memory on the machine that starts this; divide larger files.
       avlm prepare --describe-dataset vggsound tells what that importer reads and which options it has
 
 after a kill, a crash or Ctrl-C:
   the same command again goes on with what is missing; finished shards wait in records/.train.partial.
   On finished records it does nothing. Files that were rejected are tried again with --overwrite.
+  With gs:// a run that was killed (not by Ctrl-C) may leave a shard of each process in $TMPDIR/avlm-*.
 
 on many machines (pip install 'avlm_jax[gcp]' for gs:// and Dataflow; Beam's own options stand behind --):
   avlm prepare --manifest gs://bucket/train.jsonl --out gs://bucket/records/train --runner DataflowRunner \\
@@ -53,8 +55,8 @@ on many machines (pip install 'avlm_jax[gcp]' for gs:// and Dataflow; Beam's own
   The machines need this package, by an image with it or --setup_file ./setup.py, and see the same paths.
 
 exit codes:
-  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done;
-  130 interrupted, the same command goes on
+  0 all went through; 1 something is listed in rejected.jsonl, the rest went through; 2 nothing could be done,
+  or a full disk or a bucket that cannot be read ended the run; 130 interrupted. The same command goes on
 """
 
 
@@ -87,7 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--describe-dataset",
         metavar="NAME",
-        help="tell what files a data set's importer reads, where its media may lie and which options it has",
+        nargs="?",
+        const="",
+        help="tell what files a data set's importer reads, where its media may lie and which options it has; "
+        "without a NAME, which data sets there are",
     )
     parser.add_argument(
         "--out", metavar="DIR", help="folder of records to create, local or gs://bucket/folder"
@@ -97,7 +102,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write what would be prepared as a manifest of JSON lines, and stop; no --out",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace records that are in --out")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace records that are in --out, and what a killed run with other arguments has finished",
+    )
     parser.add_argument(
         "--media-root",
         metavar="DIR",
@@ -160,8 +169,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs `avlm prepare`; returns its exit code. Raises UserError for unusable arguments."""
-    if args.describe_dataset:
-        print(describe_dataset(args.describe_dataset))
+    if args.describe_dataset is not None:
+        print(describe_dataset(args.describe_dataset) if args.describe_dataset else describe_datasets())
         return 0
     files, beam_options = _split_files(args.files)
     listing = _list(args, files)

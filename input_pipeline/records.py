@@ -31,7 +31,7 @@ from PIL import Image
 
 from input_pipeline.errors import UserError
 from input_pipeline.features import feature_shapes, keep_large_buffers
-from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, to_path, write_text
+from input_pipeline.paths import AnyPath, appearing, file_size, is_remote, map_files, to_path, write_text
 from input_pipeline.spec import PIXELS, MediaSpec
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 MANIFEST, SAMPLES, REJECTED = "manifest.json", "samples.jsonl", "rejected.jsonl"
 OPEN_SHARDS = 256  # Of a process, which may open 1024 files on most systems. Opening one anew takes 40 us.
 SIDECAR = ".json"  # Behind a shard's name; a finished folder holds none.
+# Without --overwrite records whose plan is the same are not made anew.
+MAKE_AGAIN = "`avlm prepare --overwrite` makes records again, `avlm cache-features --overwrite` features"
 LENGTHS = "lengths"  # What training computes once and keeps; not part of the records.
 # max_intervals is not baked into a record: times are parsed from the question when it is loaded.
 BAKED_FIELDS = ("num_frames", "image_size", "sampler", "window_frames", "max_windows")
@@ -95,9 +97,7 @@ def unpack_record(data: bytes) -> dict[str, Any]:
     except (ValueError, msgpack.exceptions.UnpackException, KeyError, TypeError) as error:
         raise RecordError(f"this is no record of schema {SCHEMA_VERSION} ({type(error).__name__})") from None
     if version != SCHEMA_VERSION:
-        raise RecordError(
-            f"record has schema {version}, this program reads {SCHEMA_VERSION}; run `avlm prepare` again"
-        )
+        raise RecordError(f"record has schema {version}, this program reads {SCHEMA_VERSION}; {MAKE_AGAIN}")
     return record
 
 
@@ -215,8 +215,9 @@ def finish_records(
             open(rejected_path, "w", encoding="utf-8") as rejected_file,
         ):
             counts["rejected"] += _write_rows(rejected_file, rejected)
-            for entry in entries:
-                sidecar = _read_sidecar(folder / entry["file"])
+            entries = list(entries)
+            sidecars = map_files(_read_sidecar, (folder / entry["file"] for entry in entries), folder)
+            for entry, sidecar in zip(entries, sidecars, strict=True):
                 if sidecar is None:
                     raise RecordError(f"{folder / entry['file']}{SIDECAR} is missing or damaged; run again")
                 first = counts["records"]
@@ -321,12 +322,12 @@ class RecordReader:
             path = self.directory / shard["file"]
             if not path.exists():
                 raise RecordError(
-                    f"{path} is missing, though manifest.json names it; copy it or prepare again"
+                    f"{path} is missing, though manifest.json names it; copy it or {MAKE_AGAIN}"
                 )
             if path.stat().st_size != shard["bytes"]:
                 raise RecordError(
                     f"{path} has {path.stat().st_size} bytes, manifest.json says {shard['bytes']}; "
-                    "copy it again or prepare again"
+                    f"copy it again or {MAKE_AGAIN}"
                 )
             self._paths.append(path)
             self._first.append(count)
@@ -346,10 +347,10 @@ class RecordReader:
             with open(path, encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file]
         except (OSError, ValueError) as error:
-            raise RecordError(f"{path} cannot be read ({error}); prepare again") from None
+            raise RecordError(f"{path} cannot be read ({error}); {MAKE_AGAIN}") from None
         expected = self.manifest["counts"]["samples"]
         if len(rows) != expected:
-            raise RecordError(f"{path} has {len(rows)} lines, manifest.json says {expected}; prepare again")
+            raise RecordError(f"{path} has {len(rows)} lines, manifest.json says {expected}; {MAKE_AGAIN}")
         return rows
 
     def __len__(self) -> int:
@@ -368,7 +369,7 @@ class RecordReader:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RecordError(
                 f"{self._paths[shard]}: record {index} cannot be read ({reason}); the shard is damaged, "
-                "copy it again or prepare again"
+                f"copy it again or {MAKE_AGAIN}"
             ) from None
         return data
 
@@ -377,7 +378,7 @@ class RecordReader:
         for path, shard in zip(self._paths, self.manifest["shards"], strict=True):
             if sha256(path) != shard["sha256"]:
                 raise RecordError(
-                    f"{path} differs from manifest.json's sha256; copy it again or prepare again"
+                    f"{path} differs from manifest.json's sha256; copy it again or {MAKE_AGAIN}"
                 )
 
     def close(self) -> None:
@@ -435,10 +436,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} cannot be read ({type(error).__name__}: {error}); prepare again") from None
+        raise RecordError(f"{path} cannot be read ({type(error).__name__}: {error}); {MAKE_AGAIN}") from None
     if version != SCHEMA_VERSION:
         raise RecordError(
-            f"{path} has schema_version {version}, this program reads {SCHEMA_VERSION}; prepare again"
+            f"{path} has schema_version {version}, this program reads {SCHEMA_VERSION}; {MAKE_AGAIN}"
         )
     with contextlib.suppress(KeyError, TypeError):
         missing = {"media_spec", "counts", "shards"} - manifest.keys()
@@ -446,7 +447,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         if not missing and not unknown:
             return manifest
     raise RecordError(
-        f"{path} lacks media_spec, counts or shards, or has an unknown field there; prepare again"
+        f"{path} lacks media_spec, counts or shards, or has an unknown field there; {MAKE_AGAIN}"
     )
 
 

@@ -69,6 +69,12 @@ class Worker:
             how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
             raise WorkerFailure(f"the decoding process was ended {how}", "crash") from None
 
+    def renew(self) -> None:
+        """Ends the process, if there is one; the next call of `run` starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self.join()
+
     def stop(self) -> None:
         """Kills the process and starts no other; `join` must follow."""
         self._stopped = True

@@ -1,7 +1,8 @@
 """Where a folder of records is made: beside its place, under a lock, kept when killed, renamed when whole.
 
 For `--out records/train` that is records/.train.partial. It belongs to one plan, the sha256 of everything
-that is asked for; a run of the same plan takes up what it finds there, one of another plan discards it.
+that is asked for; a run of the same plan takes up what it finds there, one of another plan discards it if no
+shard in it is finished or the caller says so.
 """
 
 from __future__ import annotations
@@ -19,17 +20,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from input_pipeline.paths import AnyPath, file_size, is_remote, join, to_path, write_text
+from input_pipeline.paths import (
+    COPY_BYTES,
+    REQUESTS_AT_ONCE,
+    AnyPath,
+    file_size,
+    is_remote,
+    join,
+    map_files,
+    to_path,
+    write_text,
+)
 from input_pipeline.records import (
     MANIFEST,
     REJECTED,
     SAMPLES,
+    SIDECAR,
     RecordError,
     is_record_file,
 )
 
 PLAN = "plan.sha256"
-MOVES_AT_ONCE = 16  # Objects of Cloud Storage moved side by side; each takes some round trips, no bandwidth.
 
 
 class WorkingFolder:
@@ -41,17 +52,20 @@ class WorkingFolder:
             the caller's choice.
 
     Args:
-        out_dir: folder of records to create, local or gs://.
+        out_dir: folder of records to create, local or gs://; what a link points to is made, not the link.
         plan: sha256 of what is asked for.
-        overwrite: replace records of another plan that are in `out_dir`.
+        overwrite: replace records of another plan that are in `out_dir`, and discard finished shards of one that
+            are in the working folder.
 
     Raises:
-        RecordError: on entering: `out_dir` holds records of another plan and `overwrite` is False, or it
-            holds something else or damaged records, or another run is at work on it. On gs:// the last is not noticed.
+        RecordError: on entering: `out_dir` or the working folder holds records of another plan and `overwrite`
+            is False, or `out_dir` holds something else or damaged records, or is a mount point or a bucket, or
+            another run is at work on it. On gs:// the last is not noticed.
     """
 
     def __init__(self, out_dir: str | os.PathLike[str], plan: str, *, overwrite: bool = False) -> None:
-        self._out = to_path(join(".", os.fspath(out_dir)))
+        named = join(".", os.fspath(out_dir))
+        self._out = to_path(named if is_remote(named) else os.path.realpath(named))
         self._plan, self._overwrite = plan, overwrite
         self.path = self._beside("partial")
         self._replaced = self._beside("replaced")
@@ -59,6 +73,7 @@ class WorkingFolder:
         self.finished: dict[str, Any] | None = None
 
     def __enter__(self) -> WorkingFolder:
+        self._check_it_can_be_replaced()
         if not is_remote(self._out):
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -66,7 +81,7 @@ class WorkingFolder:
             self._roll_back()
             self._check_place()
             if self._plan not in (_text(self.path / PLAN), (self.complete or {}).get("plan")):
-                self.discard()
+                self._discard_other_plan()
             if not is_remote(self.path):  # Cloud Storage has no folders, only names with slashes.
                 self.path.mkdir(exist_ok=True)
                 for path in self.path.glob(".*.tmp"):  # what a killed run was writing
@@ -85,6 +100,16 @@ class WorkingFolder:
     def discard(self) -> None:
         """Removes the working folder: nothing in it is wanted."""
         _remove(self.path)
+
+    def _discard_other_plan(self) -> None:
+        there = self.path.iterdir() if self.path.exists() else ()
+        finished = sum(path.name.endswith(SIDECAR) and path.name.startswith("shard-") for path in there)
+        if finished and not self._overwrite:
+            raise RecordError(
+                f"{self.path} holds {finished} finished shards of a run with other arguments; give that run's "
+                "arguments to go on with it, pass --overwrite to discard them, or choose another --out"
+            )
+        self.discard()
 
     @property
     def complete(self) -> dict[str, Any] | None:
@@ -114,7 +139,15 @@ class WorkingFolder:
         shutil.rmtree(self._replaced, ignore_errors=True)
 
     def _beside(self, what: str) -> AnyPath:
-        return self._out.with_name(f".{self._out.name}.{what}")
+        return self._out.parent / f".{self._out.name}.{what}"
+
+    def _check_it_can_be_replaced(self) -> None:
+        """What is no folder in another one can neither be renamed nor have a working folder beside it."""
+        text = os.fspath(self._out)
+        if is_remote(text) and "/" not in text.partition("://")[2].strip("/"):
+            raise RecordError(f"{text} is a whole bucket; name a folder below it for the records")
+        if not is_remote(text) and os.path.ismount(text):
+            raise RecordError(f"{text} is a mount point; name a folder below it for the records")
 
     def _check_place(self) -> None:
         out = self._out
@@ -127,7 +160,7 @@ class WorkingFolder:
             raise RecordError(f"{out} holds other files ({foreign[0]}, ...); name a new or an empty folder")
         manifest = _manifest(out)
         same = manifest is not None and manifest.get("plan") == self._plan
-        damaged = [shard["file"] for shard in manifest["shards"] if not _is_whole(out, shard)] if same else []
+        damaged = _damaged(out, manifest) if same else []
         if damaged and not self._overwrite:
             raise RecordError(
                 f"{out / damaged[0]} is missing or not as long as {MANIFEST} says; pass --overwrite to make the "
@@ -156,7 +189,7 @@ class WorkingFolder:
         # From here to the end there are no records: half of them would be neither the old nor the new ones.
         with contextlib.suppress(FileNotFoundError):
             (self._out / MANIFEST).unlink()
-        with ThreadPoolExecutor(MOVES_AT_ONCE) as executor:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as executor:
             list(executor.map(lambda path: path.unlink(), stale))
             # epath moves objects only into a folder that there is: one with an object in it.
             if (self.path / REJECTED).exists():
@@ -220,11 +253,29 @@ def _manifest(folder: AnyPath) -> dict[str, Any] | None:
         return None
 
 
-def _is_whole(folder: AnyPath, shard: dict[str, Any]) -> bool:
+def _damaged(folder: AnyPath, manifest: dict[str, Any]) -> list[str]:
+    """Files of finished records that are missing, or shorter or longer than their manifest says."""
+    counts = manifest["counts"]
+    lists = {SAMPLES: counts["samples"], REJECTED: counts["rejected"]}
+    shards = manifest["shards"]
+    sizes = map_files(_size, (folder / shard["file"] for shard in shards), folder)
+    missing = [shard["file"] for shard, size in zip(shards, sizes, strict=True) if size != shard["bytes"]]
+    return missing + [name for name, lines in lists.items() if _count_lines(folder / name) != lines]
+
+
+def _size(path: AnyPath) -> int | None:
     try:
-        return file_size(folder / shard["file"]) == shard["bytes"]
+        return file_size(path)
     except FileNotFoundError:
-        return False
+        return None
+
+
+def _count_lines(path: AnyPath) -> int | None:
+    try:
+        with path.open("rb") as file:
+            return sum(part.count(b"\n") for part in iter(lambda: file.read(COPY_BYTES), b""))
+    except FileNotFoundError:
+        return None
 
 
 def _remove(folder: AnyPath) -> None:

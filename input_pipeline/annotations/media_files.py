@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from input_pipeline.annotations.rows import AnnotationError, RowError
 from input_pipeline.containers import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from input_pipeline.paths import is_remote, to_path, walk
 
 SUFFIXES = {"video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES, "image": IMAGE_SUFFIXES}
 _KINDS = {suffix: kind for kind, suffixes in SUFFIXES.items() for suffix in suffixes}
@@ -25,14 +26,14 @@ class MediaFiles:
 
     def __init__(self, root: str | os.PathLike[str]):
         self.root = os.fspath(root)
-        if "://" not in self.root and not os.path.isdir(self.root):
+        if not is_remote(self.root) and not os.path.isdir(self.root):
             raise AnnotationError(f"{self.root}: no such media folder")
 
     @functools.cached_property
     def by_stem(self) -> dict[str, list[str]]:
         """Stem -> paths relative to the root, sorted. Hidden files and folders are left out."""
         found: dict[str, list[str]] = {}
-        for name in _walk_bucket(self.root) if "://" in self.root else _walk_folder(self.root):
+        for name in _names_below(self.root):
             stem, suffix = os.path.splitext(name.rpartition("/")[2])
             if suffix.lower() in _KINDS:
                 found.setdefault(stem, []).append(name)
@@ -54,7 +55,7 @@ class MediaFiles:
             (path relative to the root, the stem).
 
         Raises:
-            RowError: there is none (the names are told), or several of one name and kind.
+            RowError: there is none (some names are told), or several of one name and kind.
         """
         for stem in stems:
             names = self.by_stem.get(stem)
@@ -68,7 +69,10 @@ class MediaFiles:
                     )
                 if fitting:
                     return fitting[0], stem
-        raise RowError(f"no {' or '.join(kinds)} file below {self.root} is named {', '.join(stems)}")
+        # Short: a listing may hold millions of these.
+        shown = stems if len(stems) < 4 else [*stems[:2], stems[-1]]
+        tried = ", ".join(shown) + (f" or as {more} more" if (more := len(stems) - len(shown)) else "")
+        raise RowError(f"no {' or '.join(kinds)} file below {self.root} is named {tried}")
 
 
 def kind_of(name: str) -> str:
@@ -76,20 +80,10 @@ def kind_of(name: str) -> str:
     return _KINDS[os.path.splitext(name)[1].lower()]
 
 
-def _walk_folder(root: str) -> Iterator[str]:
-    for directory, folders, files in os.walk(root):
+def _names_below(root: str) -> Iterator[str]:
+    """Paths relative to the root, with forward slashes."""
+    for directory, folders, files in walk(to_path(root)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from _below(os.path.relpath(directory, root).replace(os.sep, "/"), files)
-
-
-def _walk_bucket(root: str) -> Iterator[str]:
-    from etils import epath
-
-    base = epath.Path(root)
-    for directory, _, files in base.walk():
-        yield from _below(directory.relative_to(base).as_posix(), files)
-
-
-def _below(directory: str, files: Iterable[str]) -> Iterator[str]:
-    prefix = "" if directory == "." else directory + "/"
-    yield from (prefix + name for name in files if not name.startswith("."))
+        below = os.path.relpath(directory, root).replace(os.sep, "/")
+        prefix = "" if below == "." else below + "/"
+        yield from (prefix + name for name in files if not name.startswith("."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from input_pipeline.errors import UserError
+from input_pipeline.paths import to_path
 
 CHUNK = 1 << 20  # characters
 FIELD_LIMIT = (
@@ -54,11 +56,8 @@ def open_text(path: str | os.PathLike[str]) -> IO[str]:
         AnnotationError: it cannot be opened.
     """
     try:
-        if "://" in os.fspath(path):
-            from etils import epath
-
-            return epath.Path(path).open("r", encoding="utf-8-sig", newline="")
-        return open(path, encoding="utf-8-sig", newline="")
+        # epath opens text without these options.
+        return io.TextIOWrapper(to_path(path).open("rb"), encoding="utf-8-sig", newline="")
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such annotation file") from None
     except OSError as error:

@@ -131,7 +131,7 @@ class SavenVid(Importer):
                 return LeftOut(f"review {status}")
         name, stem = text_of(question, "id"), text_of(question, "question")
         options = option_texts(question.get("options"))
-        letter = answer_letter(question.get("answer"), options)
+        letter = answer_letter(question.get("answer"))
         if question.get("type") not in (1, 2, 3, 4, 5):
             raise RowError(f"its type is {question.get('type')!r}; 1 to 5 are known")
         extra = {"qa_type": question["type"], "answer": letter, "options": options, "video_id": video_id}

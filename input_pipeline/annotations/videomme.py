@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from input_pipeline.annotations.choices import answer_letter, choice_prompt, without_letters
@@ -20,8 +19,8 @@ from input_pipeline.annotations.importer import (
     text_of,
 )
 from input_pipeline.annotations.media_files import MediaFiles
-from input_pipeline.annotations.rows import AnnotationError, Head, Row, RowError, json_rows
-from input_pipeline.annotations.youtube import VIDEO_ID, clock_seconds
+from input_pipeline.annotations.rows import Head, Row, RowError, json_rows
+from input_pipeline.annotations.youtube import VIDEO_ID
 
 DURATIONS = ("short", "medium", "long")
 # What the older of the benchmark's scripts calls the three.
@@ -40,10 +39,7 @@ class VideoMme(Importer):
 
     Media: <videoID>.mp4; of a nested file, whose rows may have neither videoID nor url, <video_id>.mp4.
 
-    The prompt is the benchmark's for questions without subtitles. With `subtitles` the lines of
-    <videoID>.srt go into every sample as [start, end, text] in seconds under the key "subtitles": the protocol
-    shows those of the sampled frames only, which is decided when frames are known. A video without a file has
-    no such key (there is no official rule for it).
+    The prompt is the benchmark's for questions without subtitles.
     """
 
     name: ClassVar[str] = "videomme"
@@ -53,18 +49,12 @@ class VideoMme(Importer):
     )
     fields: ClassVar[frozenset[str]] = frozenset({"video_id", "questions"})
 
-    subtitles: str = dataclasses.field(
-        default="", metadata={"help": "folder of <videoID>.srt (default: none)"}
-    )
-
     @classmethod
     def recognises(cls, head: Head) -> bool:
         flat = {"videoID", "question_id", "options", "task_type"}
         return cls.fields <= head.fields or flat <= head.fields
 
     def read(self, path: Any, files: MediaFiles) -> Iterator[tuple[str, Outcome]]:
-        if self.subtitles and not Path(self.subtitles).is_dir():
-            raise AnnotationError(f"subtitles is {self.subtitles!r}, which is no folder")
         rows = json_rows(path, ("video_id", "duration|duration_category", "questions|options"))
         return convert_rows(rows, functools.partial(self._convert, files=files))
 
@@ -90,9 +80,8 @@ class VideoMme(Importer):
             )
         question_id, task_type = text_of(question, "question_id"), text_of(question, "task_type")
         options = without_letters(question.get("options"))
-        letter = answer_letter(question.get("answer"), options)
-        names = _names(video)
-        path, _ = files.find(names)
+        letter = answer_letter(question.get("answer"))
+        path, _ = files.find(_names(video))
         extra: dict[str, Any] = {
             "qa_type": about["duration"],  # The rows of the benchmark's own table.
             "answer": letter,
@@ -104,8 +93,6 @@ class VideoMme(Importer):
             "sub_category": about["sub_category"],
             "video_id": text_of(video, "video_id"),
         }
-        if self.subtitles and (cues := read_subtitles(Path(self.subtitles), names)) is not None:
-            extra["subtitles"] = cues
         turns = dialogue(choice_prompt(text_of(question, "question"), options), letter, "<video>")
         return entry(f"videomme-{question_id}", "video", path, "mcq", turns, **extra)
 
@@ -119,42 +106,3 @@ def _names(video: Mapping[str, Any]) -> list[str]:
     url = re.search(rf"(?:v=|youtu\.be/)({VIDEO_ID.pattern})", str(video.get("url", "")))
     names = [video.get("videoID"), url[1] if url else None, text_of(video, "video_id")]
     return list(dict.fromkeys(str(name) for name in names if name))
-
-
-def read_subtitles(folder: Path, names: list[str]) -> list[list[Any]] | None:
-    """[[start, end, text], ...] in seconds of the first <name>.srt there is; None without one.
-
-    Raises:
-        RowError: it is no SubRip file.
-    """
-    for path in (folder / f"{name}.srt" for name in names):
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            continue
-        except UnicodeDecodeError:
-            raise RowError(f"{path} is no UTF-8 text") from None
-        return [_cue(path, times, words) for times, words in _cues(path, text)]
-    return None
-
-
-def _cues(path: Path, text: str) -> list[tuple[str, str]]:
-    """(line of times, text) of each cue."""
-    lines = text.splitlines()
-    arrows = [number for number, line in enumerate(lines) if "-->" in line]
-    if not arrows and text.strip():
-        raise RowError(f"{path} is no SubRip file: no line of it holds times")
-    found = []
-    for number, arrow in enumerate(arrows):
-        end = arrows[number + 1] if number + 1 < len(arrows) else len(lines)
-        body = lines[arrow + 1 : end]
-        if number + 1 < len(arrows) and body and body[-1].strip().isdecimal():
-            body.pop()  # The number of the next cue.
-        found.append((lines[arrow], " ".join(" ".join(body).split())))
-    return found
-
-
-def _cue(path: Path, times: str, words: str) -> list[Any]:
-    start, end = (part.split()[0] if part.split() else "" for part in times.split("-->")[:2])
-    what = f"time in {path.name}"
-    return [clock_seconds(start.replace(",", "."), what), clock_seconds(end.replace(",", "."), what), words]

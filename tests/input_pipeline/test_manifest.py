@@ -18,6 +18,7 @@ from input_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests import fake_gcs
 
 TURNS = [{"from": "human", "value": "<video>\nWhat is heard?"}, {"from": "gpt", "value": "A bell."}]
 
@@ -103,6 +104,19 @@ def test_a_listing_comes_back_unchanged(tmp_path):
     assert listing.count == 5
 
 
+def test_an_id_belongs_to_one_conversation(tmp_path):
+    entries = [line(id="a"), line(id="b"), {"id": "a", "video": "alone.mp4"}, line(id="a", video="b.mp4")]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(["", *map(json.dumps, entries)]))
+    for listing, second, first in (
+        (read_manifest(path), "line 5", "line 2"),
+        (parse_lines(entries, tmp_path), "entry 4", "entry 1"),
+    ):
+        assert [parsed.id for parsed in listing.lines] == ["a", "b", "a"]
+        refused = Rejection(str(tmp_path / "b.mp4"), "a", f"{second}: {first} has the same id", "manifest")
+        assert listing.rejections == [refused]
+
+
 def test_notes_that_are_none_are_refused(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"rejected": {"path": "p"}}\n{"rejected": 3}\n{"left_out": 3}\n')
@@ -116,6 +130,16 @@ def test_manifests_that_cannot_be_written(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
     with pytest.raises(ManifestError, match="cannot be written"):
         write_manifest(parse_lines([line()]), tmp_path / "none" / "m.jsonl")
+
+
+def test_a_manifest_is_written_to_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv(fake_gcs.ROOT, str(tmp_path))
+    fake_gcs.register()
+    listing = parse_lines([line(id="a")], "gs://bucket/media", source="all")
+    (tmp_path / "bucket").mkdir()
+    write_manifest(listing, "gs://bucket/m.jsonl")
+    assert read_manifest("gs://bucket/m.jsonl", "gs://bucket/media") == listing
+    assert [file.name for file in (tmp_path / "bucket").iterdir()] == ["m.jsonl"]
 
 
 def test_a_bucket_is_no_folder_of_this_machine():

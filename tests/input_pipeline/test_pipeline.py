@@ -35,9 +35,14 @@ POISONED = """\
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
 from input_pipeline import decoding
-real = decoding.prepare_one
+real, seen = decoding.prepare_one, []
 def poisoned(lines, *arguments, **options):
     name = os.path.basename(lines[0].path)
+    if seen and seen[-1].startswith("spoils"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(name)
+    if name.startswith("spoils then"):
+        raise MemoryError("heap")
     if name.startswith("hangs"):
         time.sleep(600)
     if name.startswith("crashes"):
@@ -121,6 +126,18 @@ def call(*arguments) -> int:
     return prepare_command.run(parser.parse_args([str(argument) for argument in arguments]))
 
 
+def killed_before_the_lists(listing, out, spec=SPEC, **options) -> None:
+    """A run that is killed when all its shards are made."""
+
+    def killed(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "finish_records", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(listing, out, spec, **options)
+
+
 def test_every_line_is_accounted_for(videos, undisturbed):
     listing, reader = read_manifest(videos), RecordReader(undisturbed, SPEC)
     counts = reader.manifest["counts"]
@@ -182,8 +199,18 @@ def test_finished_records_are_left_alone(videos, undisturbed, tmp_path, capsys):
     arguments = ("--manifest", videos, "--out", tmp_path / "r", *SIZES)
     assert call(*arguments) == 1  # as the first run: something is in rejected.jsonl
     printed = capsys.readouterr().out
-    assert "up to date, nothing was done; --overwrite" in printed and "lines rejected" in printed
+    assert (
+        "nothing was done; media files were not looked at again, --overwrite" in printed
+        and "lines rejected" in printed
+    )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").iterdir()} == before
+    for name in ("samples.jsonl", "rejected.jsonl"):
+        text = (tmp_path / "r" / name).read_text()
+        for damage in (lambda path: path.unlink(), lambda path, text=text: path.write_text(text + "{}\n")):
+            damage(tmp_path / "r" / name)
+            with pytest.raises(RecordError, match=f"{name} is missing or not as long.*--overwrite"):
+                call(*arguments)
+        (tmp_path / "r" / name).write_text(text)
     with pytest.raises(RecordError, match="--overwrite"):
         call(*arguments, "--max-bytes", 10**9)
     assert os.listdir(tmp_path) == ["r"]
@@ -204,6 +231,46 @@ def test_a_file_that_hangs_or_crashes_the_decoder_costs_itself_alone(videos, poi
     assert [unpack_record(reader[i])["id"] for i in range(2)] == ["a.mp4", "z.mp4"]
 
 
+def test_what_another_file_did_to_the_process_is_not_blamed_on_the_next(videos, poisoned, tmp_path):
+    (tmp_path / "in").mkdir()
+    sound = sorted((videos.parent / "videos").iterdir())[:4]
+    for name, source in zip(("a.mp4", "spoils.mp4", "spoils then raises.mp4", "z.mp4"), sound, strict=True):
+        os.link(source, tmp_path / "in" / name)
+    report = prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
+    assert [(os.path.basename(row.path), row.stage) for row in report.rejected] == [
+        ("spoils then raises.mp4", "crash")
+    ]
+    assert "MemoryError: heap" in report.rejected[0].reason and report.records == 3
+
+
+@pytest.mark.parametrize(
+    "error", ["OSError(28, 'No space left on device')", "RuntimeError('401 token expired')"]
+)
+def test_a_bucket_that_cannot_be_read_ends_the_run_and_rejects_nothing(videos, bucket, monkeypatch, error):
+    shutil.copytree(videos.parent, bucket / "data")
+    listing, out = read_manifest("gs://bucket/data/manifest.jsonl"), "gs://bucket/records"
+    with monkeypatch.context() as patch:
+        command = prepare_module.worker_command(None)
+        code = command[-1].replace(
+            "decoding.serve()",
+            "real, count = fake_gcs.FakeGcs.open, []\n"
+            "def broken(self, path, *rest, **options):\n"
+            "    count.append(path)\n"
+            f"    if len(count) > 3: raise {error}\n"
+            "    return real(self, path, *rest, **options)\n"
+            "fake_gcs.FakeGcs.open = broken\ndecoding.serve()",
+        )
+        patch.setattr(prepare_module, "worker_command", lambda tfio: [*command[:-1], code])
+        with pytest.raises(
+            UserError, match=r"gs://bucket/data/.* cannot be fetched .*the same command goes on"
+        ):
+            prepare(listing, out, SPEC, workers=1)
+    assert not (bucket / "records").exists()
+    report = prepare(listing, out, SPEC, workers=2)
+    assert report.records == VIDEOS - 1 and report.resumed == 3
+    assert not any(row.stage == "crash" or "cannot be fetched" in row.reason for row in report.rejected)
+
+
 def test_what_waits_behind_a_long_file_goes_to_the_other_workers(tmp_path, monkeypatch):
     """Four processes, 33 files: dealt out beforehand, eight would wait for the long one."""
     log = tmp_path / "log"
@@ -222,18 +289,62 @@ def test_media_that_changed_since_the_kill_are_decoded_again(videos, tmp_path):
     for number, source in enumerate(sound):
         shutil.copy(source, tmp_path / "in" / f"{number}.mp4")
     (tmp_path / "in" / "1.mp4").write_bytes(b"broken")
-
-    def killed(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "finish_records", killed)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
+    killed_before_the_lists(list_folder(tmp_path / "in"), tmp_path / "r", workers=1)
     assert finished_shards(tmp_path / "r") == 3
     shutil.copy(sound[1], tmp_path / "in" / "1.mp4")
     report = prepare(list_folder(tmp_path / "in"), tmp_path / "r", SPEC, workers=1)
     assert (report.records, report.rejected, report.resumed) == (3, [], 2)
+
+
+def test_the_same_listing_has_the_same_plan_from_anywhere_and_under_any_time_limit(
+    videos, undisturbed, tmp_path, monkeypatch
+):
+    killed_before_the_lists(read_manifest(videos), tmp_path / "r", workers=2)
+    monkeypatch.chdir(videos.parent)
+    report = prepare(read_manifest(videos.name), tmp_path / "r", SPEC, workers=1, timeout=99.0)
+    assert report.resumed == VIDEOS + 1 and contents(tmp_path / "r") == contents(undisturbed)
+
+
+def test_late_files_are_tried_again_under_another_time_limit(videos, poisoned, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, source in zip(
+        ("a.mp4", "hangs.mp4"), sorted((videos.parent / "videos").iterdir())[:2], strict=True
+    ):
+        os.link(source, tmp_path / "in" / name)
+    listing = list_folder(tmp_path / "in")
+    killed_before_the_lists(listing, tmp_path / "r", workers=2, timeout=1.0)
+    report = prepare(listing, tmp_path / "r", SPEC, workers=2, timeout=2.0)
+    assert report.resumed == 1 and "2 s" in report.rejected[0].reason
+
+
+def test_a_job_of_another_plan_cannot_slip_its_shards_in(videos, undisturbed, tmp_path):
+    """Not ended on its cluster, it goes on writing into the folder of its --out."""
+    other, listing = (
+        MediaSpec(num_frames=2, image_size=16, window_frames=50, max_windows=2),
+        read_manifest(videos),
+    )
+    prepare_other, shard = tmp_path / "other", f"shard-00003-of-{VIDEOS + 1:05d}.array_record"
+    killed_before_the_lists(listing, prepare_other, spec=other, workers=2)
+    orphaned = list(killed_runs.working_folder(prepare_other).glob(f"{shard}*"))
+    killed_before_the_lists(listing, tmp_path / "r", workers=2)
+    working = killed_runs.working_folder(tmp_path / "r")
+    for path in orphaned:
+        shutil.copy(path, working)
+
+    run = prepare_module._make_shards
+
+    def overtaken(*arguments, **options):
+        made = run(*arguments, **options)
+        for path in orphaned:
+            shutil.copy(path, working)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_make_shards", overtaken)
+        with pytest.raises(RecordError, match=f"{shard} was written by a job with other arguments"):
+            prepare(listing, tmp_path / "r", SPEC, workers=2)
+    report = prepare(listing, tmp_path / "r", SPEC, workers=2)
+    assert report.resumed == VIDEOS and contents(tmp_path / "r") == contents(undisturbed)
 
 
 def test_a_fault_of_the_machine_is_no_rejection(videos, tmp_path, monkeypatch, capfd):

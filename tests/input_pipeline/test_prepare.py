@@ -323,6 +323,8 @@ def test_options_of_an_importer(clips, tmp_path, capsys):
         call("--dataset", "vgsound", "--annotations", tmp_path / "a.csv", "--out", tmp_path / "r")
     assert call("--describe-dataset", "VGGSound") == 0
     assert "split=train" in capsys.readouterr().out
+    assert call("--describe-dataset") == 0
+    assert "  vggsound       VGGSound: clips with the label" in capsys.readouterr().out
 
 
 def test_the_audio_backend_is_part_of_the_plan(clips, tmp_path, monkeypatch):
@@ -346,11 +348,19 @@ def test_overrides_of_the_configuration_count(tmp_path):
     assert spec == MediaSpec(num_frames=2, sampler="linspace")
     for override, reason in (
         ("--config.media.num_frame=2", "did you mean media.num_frames"),
-        ("--config.media.num_frames=two", "num_frames=two|not supported between"),
+        ("--config.media.num_frames=two", r"media\.num_frames='two': it must be a whole number"),
+        ("--config.media.num_frames=0.5", r"media\.num_frames='0\.5': it must be a whole number"),
+        ("--config.media.num_frames=", r"media\.num_frames='': it must be a whole number"),
+        ("--config.media.num_frames=-1", r"num_frames.* -1"),
+        ("--config.media.sampler=2", "sampler is '2'; use 'midpoint'"),
         ("--config.model.llm.width=2", "reads the section media only"),
     ):
         with pytest.raises(UserError, match=reason):
             media_spec_from_config(str(config), [override])
+    for value in (2.5, "two", True, None):
+        config.write_text(f"def get_config(arg):\n    return {{'media': {{'num_frames': {value!r}}}}}\n")
+        with pytest.raises(UserError, match=f"num_frames={value!r}: it must be a whole number"):
+            media_spec_from_config(str(config))
 
 
 def test_real_media(shared_media, tmp_path):

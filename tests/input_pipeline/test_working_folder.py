@@ -39,7 +39,7 @@ def plan_of(out) -> str:
     return RecordReader(out).manifest["plan"]
 
 
-def test_the_same_plan_finds_its_work_and_another_discards_it(tmp_path):
+def test_the_same_plan_finds_its_work_and_another_discards_it_when_asked(tmp_path):
     with pytest.raises(Killed), WorkingFolder(tmp_path / "r", "one") as work:
         write_shard(work.path, 0, 2, [])
         (work.path / ".shard.0123.tmp").write_text("half a shard")
@@ -49,7 +49,18 @@ def test_the_same_plan_finds_its_work_and_another_discards_it(tmp_path):
             "shard-00000-of-00002.array_record", "shard-00000-of-00002.array_record.json",
         ]  # fmt: skip
         assert work.finished is None and work.complete is None
-    with WorkingFolder(tmp_path / "r", "two") as work:
+    with (
+        pytest.raises(RecordError, match=r"\.r\.partial holds 1 finished shards.*--overwrite"),
+        WorkingFolder(tmp_path / "r", "two"),
+    ):
+        pass
+    with WorkingFolder(tmp_path / "r", "one") as work:
+        assert len(list(work.path.glob("shard*"))) == 2
+        next(work.path.glob("shard*.json")).unlink()
+    with WorkingFolder(tmp_path / "r", "three") as work:  # half a shard is nobody's loss
+        assert not list(work.path.glob("shard*"))
+        write_shard(work.path, 0, 2, [])
+    with WorkingFolder(tmp_path / "r", "two", overwrite=True) as work:
         assert not list(work.path.glob("*shard*"))
         fill(work, "two")
         work.put_in_place()
@@ -75,6 +86,30 @@ def test_finished_records_are_replaced_only_when_asked(tmp_path):
         pass
     write_folder(tmp_path / "r", SPEC, [], manifest_lines=0, plan="two", overwrite=True)
     assert plan_of(tmp_path / "r") == "two"
+
+
+def test_what_a_link_points_to_is_made(tmp_path):
+    (tmp_path / "disk" / "big").mkdir(parents=True)
+    (tmp_path / "r").symlink_to(tmp_path / "disk" / "big")
+    for plan in ("one", "two"):
+        with WorkingFolder(tmp_path / "r", plan, overwrite=True) as work:
+            assert work.path.parent == tmp_path / "disk"
+            fill(work, plan)
+            work.put_in_place()
+        assert plan_of(tmp_path / "disk" / "big") == plan
+    assert (tmp_path / "r").is_symlink() and sorted(os.listdir(tmp_path)) == ["disk", "r"]
+    assert os.listdir(tmp_path / "disk") == ["big"]
+
+
+def test_a_place_that_cannot_be_renamed_is_refused_before_the_work(tmp_path, monkeypatch, gcs):
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) in ("/", str(tmp_path / "disk")))
+    for place in ("/", tmp_path / "disk"):
+        with pytest.raises(RecordError, match="is a mount point; name a folder below it"):
+            WorkingFolder(place, "p").__enter__()
+    for place in ("gs://bucket", "gs://bucket/"):
+        with pytest.raises(RecordError, match="is a whole bucket; name a folder below it"):
+            WorkingFolder(place, "p").__enter__()
+    assert os.listdir(tmp_path) == []
 
 
 def test_foreign_files_are_never_touched(tmp_path):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import pytest
 
@@ -17,7 +18,9 @@ from input_pipeline.annotations import rows as rows_module
 from input_pipeline.annotations.media_files import MediaFiles
 from input_pipeline.annotations.rows import csv_rows, json_rows
 from input_pipeline.annotations.youtube import clip_stems
+from input_pipeline.errors import UserError
 from input_pipeline.manifest import read_manifest, write_manifest
+from tests import fake_gcs
 
 FILES = {
     "lcs558k": "blip_laion_cc_sbu_558k.json",
@@ -155,18 +158,62 @@ def test_media_are_listed_once(media, monkeypatch):
     assert files.find(["x"]) == ("a/x.mp4", "x")
 
 
-def test_media_in_a_bucket(tmp_path, monkeypatch, media, fixtures):
-    """A root with :// is walked by etils, and its paths stay addresses."""
-    from etils import epath
+@pytest.fixture
+def bucket(tmp_path, monkeypatch, fixtures):
+    """gs://bucket on the local disk, with all annotation files in gs://bucket/annotations."""
+    monkeypatch.setenv(fake_gcs.ROOT, str(tmp_path / "gcs"))
+    fake_gcs.register()
+    shutil.copytree(fixtures, tmp_path / "gcs" / "bucket" / "annotations")
+    return tmp_path / "gcs" / "bucket"
 
-    local = epath.Path(media("a/Ycccccccccc1.wav", "Y-_ccccccc_2.wav"))
-    real = epath.Path
-    monkeypatch.setattr(epath, "Path", lambda path: local if str(path).startswith("gs://") else real(path))
-    listing = import_annotations("audiocaps", fixtures / "audiocaps_val.csv", "gs://bucket/audio")
+
+def test_annotations_and_media_in_a_bucket(bucket, fixtures):
+    names = ("a/Ycccccccccc1.wav", "Y-_ccccccc_2.wav", ".trash/Y-_ccccccc_2.wav", "a/.Ycccccccccc1.wav")
+    for name in names:
+        (bucket / "audio" / name).parent.mkdir(parents=True, exist_ok=True)
+        (bucket / "audio" / name).touch()
+    listing = import_annotations(
+        "audiocaps", "gs://bucket/annotations/audiocaps_val.csv", "gs://bucket/audio/"
+    )
     assert {(line.path, line.name) for line in listing.lines} == {
         ("gs://bucket/audio/a/Ycccccccccc1.wav", "a/Ycccccccccc1.wav"),
         ("gs://bucket/audio/Y-_ccccccc_2.wav", "Y-_ccccccc_2.wav"),
     }
+    with pytest.raises(AnnotationError, match="gs://bucket/none: holds no media file"):
+        import_annotations("audiocaps", fixtures / "audiocaps_val.csv", "gs://bucket/none")
+    with pytest.raises(AnnotationError, match=r"gs://bucket/none\.csv: no such annotation file"):
+        import_annotations("audiocaps", "gs://bucket/none.csv", "gs://bucket/audio")
+
+
+@pytest.mark.parametrize("dataset", FILES)
+def test_every_data_set_is_read_from_a_bucket(bucket, fixtures, dataset):
+    local = bucket / "media"
+    for name in (
+        "aaaaaaaaaa1.mp4",
+        "Y--bbbbbbbb1.wav",
+        "hike.mp4",
+        "kkkkkkkkkk1.mp4",
+        "00000001.mp4",
+        "v_k_ZXmr8pmrs.mp4",
+    ):
+        local.mkdir(exist_ok=True)
+        (local / name).touch()
+    there = import_annotations(dataset, f"gs://bucket/annotations/{FILES[dataset]}", "gs://bucket/media")
+    here = import_annotations(dataset, fixtures / FILES[dataset], local)
+    assert [(line.id, line.name) for line in there.lines] == [(line.id, line.name) for line in here.lines]
+    assert len(there.rejections) == len(here.rejections) and there.left_out == here.left_out
+
+
+def test_without_gcsfs_a_bucket_says_what_to_install(fixtures, monkeypatch):
+    import fsspec
+
+    def missing(protocol):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    for path, root in (("gs://bucket/a.csv", fixtures), (fixtures / FILES["audiocaps"], "gs://bucket/audio")):
+        with pytest.raises(UserError, match=r"pip install 'avlm_jax\[gcp\]'"):
+            import_annotations("audiocaps", path, root)
 
 
 def test_names_of_clips():

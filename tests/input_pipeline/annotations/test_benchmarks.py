@@ -2,12 +2,12 @@
 
 import json
 import re
-import shutil
 
 import pytest
 
 from avlm_jax.evals.predictions import reference_of_sample
 from input_pipeline.annotations import AnnotationError, import_annotations
+from input_pipeline.annotations.choices import answer_letter, without_letters
 from input_pipeline.annotations.music_avqa import fill
 from input_pipeline.annotations.rows import RowError
 
@@ -75,26 +75,6 @@ def test_videomme_trailing_comma_of_the_array(fixtures, tmp_path, media):
         import_annotations("videomme", tmp_path / "comma.json", media("001.mp4"))
 
 
-def test_videomme_subtitles(load, fixtures, tmp_path, reasons):
-    files = ("kkkkkkkkkk1.mp4", "kkkkkkkkkk2.mp4")
-    folder = tmp_path / "subtitle"
-    folder.mkdir()
-    shutil.copy(fixtures / "kkkkkkkkkk2.srt", folder)
-    first, last = load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder)).lines
-    assert "subtitles" not in first.extra
-    assert last.extra["subtitles"] == [[1.0, 2.5, "Hello there"], [3603.25, 3604.0, "Good bye"]]
-    (folder / "kkkkkkkkkk1.srt").write_text("\n")
-    assert (
-        load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder)).lines[0].extra["subtitles"]
-        == []
-    )
-    (folder / "kkkkkkkkkk1.srt").write_text("WEBVTT\n\nno times")
-    listing = load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder))
-    assert "is no SubRip file" in reasons(listing)["videomme-001-1"]
-    with pytest.raises(AnnotationError, match="which is no folder"):
-        load("videomme", "videomme_flat.jsonl", files, subtitles=str(folder / "none"))
-
-
 def test_music_avqa(load, reasons):
     listing = load("music_avqa", "avqa-test.json", ("00000001.mp4", "va00001.mp4"))
     questions = {line.id: line.extra["question"] for line in listing.lines}
@@ -140,3 +120,14 @@ def test_music_avqa_slots_are_filled_from_left_to_right():
 def test_extras_survive_as_json(load):
     for line in load("music_avqa", "avqa-test.json", ("00000001.mp4",)).lines:
         assert json.loads(json.dumps(line.sample())) == line.sample()
+
+
+def test_a_question_has_the_four_options_of_its_instruction():
+    assert without_letters(["A. a", "B. b", "C. c", "D. d"]) == ["a", "b", "c", "d"]
+    for options in (["A. a", "B. b", "C. c"], ["A. a", "B. b", "C. c", "D. d", "E. e"], []):
+        with pytest.raises(RowError, match="a list of four texts is expected"):
+            without_letters(options)
+    with pytest.raises(RowError, match="lettered ABCE, not ABCD"):
+        without_letters(["A. a", "B. b", "C. c", "E. e"])
+    with pytest.raises(RowError, match="a letter of ABCD is expected"):
+        answer_letter("E")

@@ -23,8 +23,7 @@ def test_panda_takes_every_clip_of_a_row(load, shown, reasons):
     assert "timestamp is no Python list" in refused[""]  # Row 4: code, which is not run.
     assert "begins at 9 s and ends at 5 s" in refused["panda70m-aaaaaaaaaa3-00000"]
     tried = refused["panda70m-aaaaaaaaaa5-00000"]
-    for name in ("0000004_00000", "aaaaaaaaaa5_1_2", "aaaaaaaaaa5_1000_2000", "aaaaaaaaaa5"):
-        assert name in tried
+    assert tried.endswith("is named 0000004_00000, aaaaaaaaaa5_000001, aaaaaaaaaa5 or as 12 more\n")
     # 3 clips, 1 row, 2 clips, 1 row, 1 clip.
     assert listing.count == 8 and listing.left_out == {}
     line = listing.lines[0]

@@ -26,7 +26,7 @@ def test_lcs_keeps_the_place_of_the_picture(load, reasons):
     assert "row 3: its conversation must be exactly two turns" in refused[""]
     assert "row 4: its request holds no <image>" in refused[""]
     assert "answer 0 is empty" in refused["lcs558k-000000005"]
-    assert "an earlier row has the same id" in refused["lcs558k-000000001"]
+    assert "row 6: row 1 has the same id" in refused["lcs558k-000000001"]
     assert listing.count == 6
 
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from input_pipeline.annotations import AnnotationError, import_annotations
-from input_pipeline.annotations.auto_acd import readings
+from input_pipeline.annotations.auto_acd import reading
 from input_pipeline.manifest import group_by_media
 
 
@@ -46,7 +46,8 @@ def test_audiocaps_has_five_captions_a_clip(load, shown, reasons):
     assert [len(group) for group in group_by_media(listing.lines)] == [5, 1]
     assert listing.lines[0].conversations[1]["value"] == "A bell rings, then a door shuts"
     refused = reasons(listing)[""]
-    assert "row 7: its start_time is 'soon'" in refused and "Ycccccccccc4" in refused and listing.count == 8
+    assert "row 7: its start_time is 'soon'" in refused and listing.count == 8
+    assert "is named 97202, cccccccccc4_000000, cccccccccc4 or as 10 more" in refused
 
 
 def test_audiocaps_files_named_by_caption(load, shown):
@@ -81,21 +82,52 @@ def test_auto_acd_in_whole_videos(load, shown, reasons):
 
 
 @pytest.mark.parametrize(
+    ("names", "untimed", "timed"),
+    [
+        (["abcdefghijk", "abcdefghijk_000117"], "abcdefghijk", "abcdefghijk_000117"),
+        (["Yabcdefghijk", "abcdefghijk_117_127"], "Yabcdefghijk", "abcdefghijk_117_127"),
+        (
+            ["abcdefghijk_000117"],
+            "abcdefghijk_000117 is the clip of a row that tells it",
+            "abcdefghijk_000117",
+        ),
+        (["abcdefghijk"], "abcdefghijk", "abcdefghijk.wav is the clip of a row without a start"),
+        (["abcdefghijk_30_40", "abcdefghijk_000117"], "abcdefghijk_30_40", "abcdefghijk_000117"),
+    ],
+)
+def test_auto_acd_gives_no_clip_to_two_different_rows(tmp_path, media, shown, names, untimed, timed):
+    root, path = media(*(f"{name}.wav" for name in names)), tmp_path / "a.csv"
+    written = ("abcdefghijk", "abcdefghijk_000117")
+    for order in (written, written[::-1]):
+        path.write_text("youtube_id,caption\n" + "".join(f"{name},A bell.\n" for name in order))
+        listing = import_annotations("auto_acd", path, root)
+        found = {line.id.partition("-")[2].partition("-")[2]: line.name for line in listing.lines}
+        for name, expected in zip(written, (untimed, timed), strict=True):
+            if " " in expected:
+                assert name not in found and any(expected in row.reason for row in listing.rejections)
+            else:
+                assert found[name] == f"{expected}.wav"
+    # Of one row alone nobody else claims the file.
+    path.write_text("youtube_id,caption\nabcdefghijk_000117,A bell.\n")
+    assert len(import_annotations("auto_acd", path, root).lines) == 1
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("oPRC3zComfA_000117", [("oPRC3zComfA", 117.0)]),
-        ("oPRC3zComfA", [("oPRC3zComfA", None)]),
-        ("YoPRC3zComfA", [("oPRC3zComfA", None)]),
-        ("YPRC3zComfA", [("YPRC3zComfA", None)]),
-        ("Y-_RC3zComf_", [("-_RC3zComf_", None)]),
-        ("_-RC3zComf-_30.000_40.000", [("_-RC3zComf-", 30.0)]),
-        # Both readings hold: an id that begins with Y, and an id that ends in _ behind a Y.
-        ("YPRC3zComfA__30", [("PRC3zComfA_", 30.0)]),
-        ("YPRC3zComf__30", [("YPRC3zComf_", 30.0)]),
-        ("YPRC3zComfA_30", [("YPRC3zComfA", 30.0)]),
-        ("short", []),
-        ("oPRC3zComfA_late", []),
+        ("oPRC3zComfA_000117", ("oPRC3zComfA", 117.0)),
+        ("oPRC3zComfA", ("oPRC3zComfA", None)),
+        ("YoPRC3zComfA", ("oPRC3zComfA", None)),
+        ("YPRC3zComfA", ("YPRC3zComfA", None)),
+        ("Y-_RC3zComf_", ("-_RC3zComf_", None)),
+        ("_-RC3zComf-_30.000_40.000", ("_-RC3zComf-", 30.0)),
+        # An id that ends in _ behind a Y, and ids that begin with Y.
+        ("YPRC3zComfA__30", ("PRC3zComfA_", 30.0)),
+        ("YPRC3zComf__30", ("YPRC3zComf_", 30.0)),
+        ("YPRC3zComfA_30", ("YPRC3zComfA", 30.0)),
+        ("short", None),
+        ("oPRC3zComfA_late", None),
     ],
 )
 def test_auto_acd_ids(text, expected):
-    assert readings(text) == expected
+    assert reading(text) == expected

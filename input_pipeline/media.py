@@ -189,8 +189,9 @@ def load_media(
 ) -> LoadedMedia:
     """Decodes a media file, or an interval of it, into the frames and audio windows a MediaSpec asks for.
 
-    What is checked: every packet of the whole file is read, so truncation is found wherever it is, and
-    whatever is decoded must be sound. Without an interval that is the whole sound and the whole picture to
+    What is checked: every packet of the whole file is read, so truncation is found wherever it is, provided
+    that the container announces its end (see containers.py, EXACT_LENGTH_FORMATS), and whatever is decoded
+    must be sound. Without an interval that is the whole sound and the whole picture to
     its last frame, unless seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval
     decoding ends where it does. Not seen is damage in parts that are not decoded, and what a codec without
     checksums decodes all the same: a changed bit of H.264 or mp3 may be a changed picture or sound.
@@ -215,7 +216,7 @@ def load_media(
         MediaError: the file is missing, no allowed media format, beyond a limit, truncated, or damaged where
             it is decoded; the interval is empty, begins beyond the end, holds nothing, or is one of an image.
             A damaged file is never returned as a shorter one, except for one that announces no end and is
-            cut between two packets (see containers.py, EXACT_LENGTH_FORMATS).
+            cut between two packets.
     """
     limits = limits or Limits()
     kind = check_file(path, kind, limits)

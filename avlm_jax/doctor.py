@@ -51,9 +51,7 @@ OLDEST_TORCH = (2, 10)  # Older ones: CVE-2026-24747, heap corruption by a weigh
 # flax up to 0.12.8 uses hijax.MutableHiType, which JAX 0.11.1 removed; flax 0.12.12 requires that JAX.
 LAST_OLD_FLAX, FIRST_NEW_JAX = (0, 12, 8), (0, 11, 1)
 TFIO_VENV = ".venv-tfio"
-TFIO_MARKER = (
-    "avlm-installed"  # What requirements/install.py leaves in an environment that it makes for one lock file.
-)
+TFIO_MARKER = "avlm-installed"  # requirements/install.py leaves it where it installs one lock file alone.
 TFIO_PYTHONS = ((3, 11), (3, 12))  # What both this project and the wheels of tensorflow-cpu 2.16 run on.
 LITTLE_MEMORY = 4 * 2**30  # bytes. Loading, compiling and training side by side are tight below.
 

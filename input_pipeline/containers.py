@@ -57,6 +57,7 @@ EXACT_LENGTH_FORMATS = frozenset({"mov", "matroska", "flac"})
 STRICT_CODECS = frozenset({"flac"})  # and whatever decodes single pictures
 MEMORYLESS_SOUND = ("pcm_", "flac")  # Codecs whose packets are decoded each for itself.
 PICTURE_ENTRY_SECONDS, SOUND_ENTRY_SECONDS = 0.15, 1.0  # Where decoding may begin is noted this often.
+NEW_EXTRADATA = b""  # Stands for parameter sets that no packet can bring along.
 MISSING_SECONDS = 0.5  # An end earlier than announced by this much ...
 MISSING_FRACTION = 0.02  # ... and by this share of the file counts as truncation; muxers round by less.
 
@@ -161,13 +162,13 @@ class Track:
         """Every packet must pass here, in the order of decoding."""
         if found := self._sets(packet) - self.given:
             self.changed |= found
+        if packet.has_sidedata("new_extradata"):  # An mp4 of several: which one holds, an entry does not say.
+            self.changed |= {NEW_EXTRADATA}
 
     def _sets(self, packet: av.Packet) -> frozenset[bytes]:
-        return (
-            frozenset()
-            if self.codec not in PARAMETRIC_CODECS
-            else parameter_sets(self.codec, self.extradata, bytes(packet))
-        )
+        if self.codec not in PARAMETRIC_CODECS:
+            return frozenset()
+        return parameter_sets(self.codec, self.extradata, bytes(packet))
 
 
 @dataclasses.dataclass

@@ -191,9 +191,9 @@ def load_media(
 
     What is checked: every packet of the whole file is read, so truncation is found wherever it is, provided
     that the container announces its end (see containers.py, EXACT_LENGTH_FORMATS), and whatever is decoded
-    must be sound. Without an interval that is the whole sound and the whole picture to
-    its last frame, unless seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval
-    decoding ends where it does. Not seen is damage in parts that are not decoded, and what a codec without
+    must be sound. Without an interval that is the whole sound and the whole picture to its last frame, unless
+    seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval decoding ends where it
+    does. Not seen is damage in parts that are not decoded, and what a codec without
     checksums decodes all the same: a changed bit of H.264 or mp3 may be a changed picture or sound.
 
     Args:
@@ -455,7 +455,8 @@ def _exif_orientation(path: str | os.PathLike[str]) -> int | None:
     try:
         with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as picture:
             return picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError):  # Pillow's errors for what is no such file or a damaged one
+    # Pillow's errors for what is no such file, a damaged one, or one larger than its own limit.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 

@@ -148,6 +148,23 @@ def test_parameter_sets_that_are_repeated_are_the_containers(tmp_path, suffix, c
     assert all(seeking.parameter_sets(name, extradata, packet) <= given for packet in packets)
 
 
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_behind_another_header_of_the_container_nothing_is_an_entry(codec):
+    class Packet(bytes):
+        changes = False
+
+        def has_sidedata(self, kind: str) -> bool:
+            return self.changes and kind == "new_extradata"
+
+    key = Packet(b"\0\0\1\x65\1" if codec == "h264" else b"\x12\0\x0a\2\0\0\x32\1\x10")
+    track = containers.Track(0, codec)
+    track.note_parameter_sets(key)
+    assert track.may_enter(key, 0.0)
+    key.changes = True
+    track.note_parameter_sets(key)
+    assert not track.may_enter(key, 1.0)
+
+
 def load(path, interval, monkeypatch, *, seek: bool):
     """What a decoder that always seeks, or never does, gives; and what became of its runs."""
     outcomes = []

@@ -64,7 +64,7 @@ EXTRAS = {
     # Peers of the parity tests, and what an exported model runs on.
     "torch": ["torch==2.13.0", "kaldi-native-fbank>=1.22,<1.23", "peft>=0.18", "speechbrain>=1.0.3,<2"],
     # gs:// paths and the Dataflow runner.
-    "gcp": ["apache-beam[gcp]>=2.77,<3", "gcsfs"],
+    "gcp": ["apache-beam[gcp]>=2.77,<3", "gcsfs>=2025.1,<2027"],
     "wandb": ["wandb>=0.22,<1"],
     "dev": [
         "hypothesis>=6.150,<7",

@@ -41,6 +41,7 @@ PACKAGES = (
     "numpy",
     "transformers",
     "safetensors",
+    "simplejpeg",
     "ml-collections",
 )
 
@@ -50,6 +51,7 @@ OLDEST_TORCH = (2, 10)  # Older ones: CVE-2026-24747, heap corruption by a weigh
 # flax up to 0.12.8 uses hijax.MutableHiType, which JAX 0.11.1 removed; flax 0.12.12 requires that JAX.
 LAST_OLD_FLAX, FIRST_NEW_JAX = (0, 12, 8), (0, 11, 1)
 TFIO_VENV = ".venv-tfio"
+TFIO_MARKER = "avlm-installed"  # requirements/install.py leaves it where it installs one lock file alone.
 TFIO_PYTHONS = ((3, 11), (3, 12))  # What both this project and the wheels of tensorflow-cpu 2.16 run on.
 LITTLE_MEMORY = 4 * 2**30  # bytes. Loading, compiling and training side by side are tight below.
 
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    tfio_python = make_tfio_venv(args.make_tfio_venv) if args.make_tfio_venv else None
+    tfio_python = make_tfio_venv(args.make_tfio_venv) if args.make_tfio_venv is not None else None
     checks = [
         *check_system(),
         *check_packages(installed_versions()),
@@ -186,13 +188,13 @@ def check_media() -> Iterator[Check]:
 def check_tfio(python: str | None = None) -> Iterator[Check]:
     """The environment of the tensorflow-io audio backend, where there is one; it is started."""
     try:
-        from input_pipeline.tfio_audio import DEFAULT_PYTHON, PYTHON_VARIABLE, backend_versions
+        from input_pipeline.tfio_audio import DEFAULT_PYTHON, PYTHON_VARIABLE, backend_versions, tfio_python
     except ImportError:
         return  # PyAV cannot be imported, which has its own line.
-    python = python or os.environ.get(PYTHON_VARIABLE) or DEFAULT_PYTHON
-    if python == DEFAULT_PYTHON and not Path(python).exists():
+    if not python and not os.environ.get(PYTHON_VARIABLE) and not Path(DEFAULT_PYTHON).exists():
         return
     try:
+        python = tfio_python(python)
         versions = backend_versions(python)
     except UserError as error:
         yield Check("tfio backend", f"broken: {error}", PROBLEM, "build it anew, or remove its folder")
@@ -208,7 +210,7 @@ def make_tfio_venv(folder: str, root: Path = Path(__file__).parents[1]) -> str:
     """Builds the environment of the tensorflow-io audio backend in `folder`; returns the path of its Python.
 
     Args:
-        folder: to be made; one that is an environment already is brought up to date.
+        folder: to be made; one that is such an environment already is brought up to date.
         root: the repository, whose requirements/ say what goes in, with versions and hashes.
 
     Raises:
@@ -218,9 +220,10 @@ def make_tfio_venv(folder: str, root: Path = Path(__file__).parents[1]) -> str:
     for file in (installer, lock):
         if not file.is_file():
             raise UserError(f"--make-tfio-venv: {file} is not here; run it in a checkout of the repository")
+    if not folder:
+        raise UserError(f"--make-tfio-venv is empty; name a new folder, or nothing for {TFIO_VENV}")
     target = Path(folder).absolute()
-    is_folder = target.is_dir()
-    if target.exists() and not (target / "pyvenv.cfg").is_file() and (not is_folder or any(target.iterdir())):
+    if not may_become_tfio(target):
         raise UserError(f"--make-tfio-venv {folder}: there is something else; name a new folder")
     command = [find_tfio_python(), str(installer), str(target), "--only", str(lock)]
     # Its own output is progress; standard output stays the report's.
@@ -230,6 +233,16 @@ def make_tfio_venv(folder: str, root: Path = Path(__file__).parents[1]) -> str:
             f"--make-tfio-venv {folder}: the installation failed with exit code {code}, see above"
         )
     return str(target / "bin" / "python")
+
+
+def may_become_tfio(target: Path) -> bool:
+    """Whether nothing is lost by installing there: what is new, empty, or was made for tensorflow-io."""
+    if not target.is_dir():
+        return not os.path.lexists(target)
+    made_for_it = (target / TFIO_MARKER).is_file() or any(
+        target.glob("lib/python3.*/site-packages/tensorflow_io")
+    )
+    return made_for_it or not any(target.iterdir())
 
 
 def find_tfio_python() -> str:

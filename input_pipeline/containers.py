@@ -1,7 +1,8 @@
 """Media files as containers: which may be opened and by what, where their streams end, how they are decoded.
 
 Nothing a header says about length is trusted: `read_timeline` reads every packet without decoding, and what
-is missing, cut off or damaged is an error that says where.
+is missing, cut off or damaged is an error that says where. What is missing is known wherever the container
+announces its end (see EXACT_LENGTH_FORMATS).
 
 Which streams: `container.streams.best` (FFmpeg's av_find_best_stream: one that is flagged as the default
 before one that is not, then that of the highest bit rate, then the first), except that a cover picture
@@ -24,8 +25,9 @@ import av
 import numpy as np
 from av.container import InputContainer
 
+from input_pipeline.announced import mp3_states_length, ogg_is_ended, wav_bytes_missing
 from input_pipeline.errors import UserError
-from input_pipeline.seeking import Entry, decode_from, starts_afresh
+from input_pipeline.seeking import PARAMETRIC_CODECS, Entry, decode_from, parameter_sets, starts_afresh
 
 # Demuxers that may read a file. A text file named .mp4 that is a playlist (ffconcat, HLS, DASH) would make
 # FFmpeg open other files; only what is named here is ever opened, and only by the `file` protocol.
@@ -46,13 +48,16 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 MEDIA_SUFFIXES = VIDEO_SUFFIXES | AUDIO_SUFFIXES | IMAGE_SUFFIXES
 
 # Containers whose header states the length exactly, so that an earlier end means a truncated file. AVI states
-# it in frames. (mp3 only with a Xing or Info tag: without one FFmpeg guesses from the bit rate.)
+# it in frames, mp3 in a tag that not all have, WAV in bytes, Ogg by a flag on the last page (announced.py).
+# Nothing states it in AAC without a container and mp3 without the tag, in a fragmented mp4 and a Matroska that
+# were written to a pipe: cut between two packets these pass as shorter files, no reader can tell.
 EXACT_LENGTH_FORMATS = frozenset({"mov", "matroska", "flac"})
 # Decoders told to fail at a wrong checksum or a cut-off picture. Others (H.264, mp3, ...) would then refuse
 # files that merely begin in the middle of something, and report what they had to conceal anyway.
 STRICT_CODECS = frozenset({"flac"})  # and whatever decodes single pictures
 MEMORYLESS_SOUND = ("pcm_", "flac")  # Codecs whose packets are decoded each for itself.
 PICTURE_ENTRY_SECONDS, SOUND_ENTRY_SECONDS = 0.15, 1.0  # Where decoding may begin is noted this often.
+NEW_EXTRADATA = b""  # Stands for parameter sets that no packet can bring along.
 MISSING_SECONDS = 0.5  # An end earlier than announced by this much ...
 MISSING_FRACTION = 0.02  # ... and by this share of the file counts as truncation; muxers round by less.
 
@@ -92,6 +97,9 @@ class MediaError(UserError):
         self.reason = reason
         self.stage = stage
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.path, self.reason, self.stage)
+
 
 def _doubles() -> array[float]:
     return array("d")
@@ -110,6 +118,8 @@ class Track:
         end: seconds, of the last packet.
         samples_per_tick: of a sound.
         next_ticks: where the next packet of a sound follows without a hole.
+        given: the container's parameter sets, see `seeking.parameter_sets`.
+        changed: those that packets so far carried beside or in place of them.
     """
 
     index: int
@@ -122,6 +132,11 @@ class Track:
     end: float = -np.inf
     samples_per_tick: Fraction = Fraction(0)
     next_ticks: int | None = None
+    given: frozenset[bytes] = frozenset()
+    changed: frozenset[bytes] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.given = parameter_sets(self.codec, self.extradata)
 
     @property
     def start(self) -> float:
@@ -130,15 +145,30 @@ class Track:
     def may_enter(self, packet: av.Packet, time: float) -> bool:
         """Whether decoding that starts with this packet is the same as decoding from the start.
 
-        A few a second are noted; of a sound only those until the first hole, as its samples are counted.
+        A few a second are noted; of a sound only those until the first hole, as its samples are counted. Once
+        there were other parameter sets than the container's, an entry must bring all of them along.
         """
         spacing = SOUND_ENTRY_SECONDS if self.samples_per_tick else PICTURE_ENTRY_SECONDS
         spaced = not self.entries or time >= self.entries[-1].time + spacing
         if not self.samples_per_tick:
-            return spaced and starts_afresh(self.codec, self.extradata, bytes(packet))
+            if not spaced or not starts_afresh(self.codec, self.extradata, bytes(packet)):
+                return False
+            return not self.changed or self.changed <= self._sets(packet)
         follows = not self.times or packet.pts == self.next_ticks
         self.next_ticks = packet.pts + packet.duration if follows and packet.duration else None
         return follows and spaced and self.samples_per_tick <= 1 and self.codec.startswith(MEMORYLESS_SOUND)
+
+    def note_parameter_sets(self, packet: av.Packet) -> None:
+        """Every packet must pass here, in the order of decoding."""
+        if found := self._sets(packet) - self.given:
+            self.changed |= found
+        if packet.has_sidedata("new_extradata"):  # An mp4 of several: which one holds, an entry does not say.
+            self.changed |= {NEW_EXTRADATA}
+
+    def _sets(self, packet: av.Packet) -> frozenset[bytes]:
+        if self.codec not in PARAMETRIC_CODECS:
+            return frozenset()
+        return parameter_sets(self.codec, self.extradata, bytes(packet))
 
 
 @dataclasses.dataclass
@@ -178,8 +208,8 @@ def open_container(path: str | os.PathLike[str], kind: str, limits: Limits) -> I
     formats = ALLOWED_FORMATS[kind]
     # `file:` keeps a colon in a name from being read as a protocol; a picture has no name at all (see
     # IMAGE_FORMATS).
-    source = io.BytesIO(Path(path).read_bytes()) if kind == "image" else f"file:{os.path.abspath(path)}"
     try:
+        source = io.BytesIO(Path(path).read_bytes()) if kind == "image" else f"file:{os.path.abspath(path)}"
         container = av.open(
             source,
             metadata_errors="replace",
@@ -190,6 +220,8 @@ def open_container(path: str | os.PathLike[str], kind: str, limits: Limits) -> I
     except av.error.ArgumentError:
         known = ", ".join(dict.fromkeys(formats))
         raise MediaError(path, f"is in no format allowed for {kind} (allowed: {known})", "open") from None
+    except PermissionError:
+        raise MediaError(path, "cannot be read: this user lacks the permission to", "open") from None
     except av.error.FFmpegError as error:
         reason = f"is no media file, or its header is damaged or cut off ({error.strerror})"
         raise MediaError(path, reason, "open") from None
@@ -222,6 +254,7 @@ def read_timeline(path: str | os.PathLike[str], kind: str, limits: Limits) -> Ti
                 path, "has no sound" if kind == "audio" else "has neither picture nor sound", "open"
             )
         _check_headers(path, container, video, audio, limits)
+        _check_end(path, container)
         tracks = {}
         for index in (video, audio):
             if index is not None:
@@ -293,6 +326,7 @@ def _read_packets(
                 raise MediaError(
                     path, f"is cut off in the middle of a packet at {time:.3f} s (truncated file)"
                 )
+            track.note_parameter_sets(packet)
             if packet.pts is None or (guessed and packet.pts != packet.dts):
                 track.timed = False
             elif packet.is_keyframe and time > latest[index] and track.may_enter(packet, time):
@@ -331,10 +365,27 @@ def _announced_seconds(path: str | os.PathLike[str], container: InputContainer, 
         return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
     if "mp3" in names:
         with open(path, "rb") as file:
-            head = file.read(64 * 1024)
-        if b"Xing" in head or b"Info" in head:
-            return (container.duration or 0) / av.time_base
+            if mp3_states_length(file):
+                return (container.duration or 0) / av.time_base
     return 0.0
+
+
+def _check_end(path: str | os.PathLike[str], container: InputContainer) -> None:
+    """MediaError if a WAV or Ogg file lacks the end that it announces."""
+    names = container.format.name.split(",")
+    with open(path, "rb") as file:
+        if "wav" in names and (missing := wav_bytes_missing(file)):
+            reason = (
+                f"its header announces {missing} bytes of sound more than there are (truncated file); if it was "
+                "never longer, write its header anew: ffmpeg -i FILE -c copy NEW.wav"
+            )
+            raise MediaError(path, reason)
+        if "ogg" in names and not ogg_is_ended(file):
+            reason = (
+                "has no last page (truncated file); if it was never longer, as a recording that was broken off, "
+                "write it anew: ffmpeg -i FILE -c copy NEW.ogg"
+            )
+            raise MediaError(path, reason)
 
 
 def _check_picture(path: str | os.PathLike[str], width: int, height: int, limits: Limits) -> None:

@@ -13,7 +13,6 @@ half a second after the picture has its first window at 0.5 s.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import os
 from array import array
@@ -22,8 +21,9 @@ from collections.abc import Iterator
 import av
 import numpy as np
 from av.container import InputContainer
+from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import Interpolation
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from input_pipeline.containers import (
     Limits,
@@ -189,10 +189,11 @@ def load_media(
 ) -> LoadedMedia:
     """Decodes a media file, or an interval of it, into the frames and audio windows a MediaSpec asks for.
 
-    What is checked: every packet of the whole file is read, so truncation is found wherever it is, and
-    whatever is decoded must be sound. Without an interval that is the whole sound and the whole picture to
-    its last frame, unless seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval
-    decoding ends where it does. Not seen is damage in parts that are not decoded, and what a codec without
+    What is checked: every packet of the whole file is read, so truncation is found wherever it is, provided
+    that the container announces its end (see containers.py, EXACT_LENGTH_FORMATS), and whatever is decoded
+    must be sound. Without an interval that is the whole sound and the whole picture to its last frame, unless
+    seeking saves a quarter of that or more (`seeking.seeking_pays`). With an interval decoding ends where it
+    does. Not seen is damage in parts that are not decoded, and what a codec without
     checksums decodes all the same: a changed bit of H.264 or mp3 may be a changed picture or sound.
 
     Args:
@@ -214,7 +215,8 @@ def load_media(
     Raises:
         MediaError: the file is missing, no allowed media format, beyond a limit, truncated, or damaged where
             it is decoded; the interval is empty, begins beyond the end, holds nothing, or is one of an image.
-            A damaged file is never returned as a shorter one.
+            A damaged file is never returned as a shorter one, except for one that announces no end and is
+            cut between two packets.
     """
     limits = limits or Limits()
     kind = check_file(path, kind, limits)
@@ -224,7 +226,8 @@ def load_media(
     if kind == "image":
         with open_container(path, kind, limits) as container:
             frame = _first_frame(path, container, 0, limits)
-            return LoadedMedia(_upright_square(frame, spec.image_size)[None], np.zeros(1), [], 0.0)
+            square = _upright_square(frame, spec.image_size, _exif_orientation(path))
+            return LoadedMedia(square[None], np.zeros(1), [], 0.0)
     timeline = read_timeline(path, kind, limits)
     video, audio = timeline.video, timeline.audio
     given = read_with(path, audio_reader) if audio is not None and audio_reader is not None else None
@@ -346,8 +349,13 @@ def _choose_frames(
     runs = plan_runs(track.times, track.decoded, track.entries, targets)
     chosen = None
     if seeking_pays(runs, len(track.decoded), whole_file=part is None):
-        with contextlib.suppress(LandedElsewhereError):
+        try:
             chosen = _decode_runs(path, kind, track, runs, spec, limits)
+        except LandedElsewhereError:
+            pass
+        except MediaError as error:  # The file's own damage, or that of having come from elsewhere.
+            if error.stage != "decode":
+                raise
     if chosen is None:
         whole = Run(None, targets, [], len(track.decoded) - 1)
         chosen = _decode_runs(path, kind, track, [whole], spec, limits, to_the_end=part is None)
@@ -419,8 +427,8 @@ def _frames_at(
         yield shown, shown_time, len(targets)
 
 
-def _upright_square(frame: av.VideoFrame, size: int) -> np.ndarray:
-    """uint8 [size size 3] RGB, upright.
+def _upright_square(frame: av.VideoFrame, size: int, orientation: int | None = None) -> np.ndarray:
+    """uint8 [size size 3] RGB, upright: by the EXIF orientation, or (None) by the frame's display matrix.
 
     The colour matrix and range are the frame's own; where it names none, FFmpeg's rule holds (BT.601,
     limited), as in every tool the released checkpoints were trained with. The resize is SigLIP's: straight to
@@ -433,7 +441,42 @@ def _upright_square(frame: av.VideoFrame, size: int) -> np.ndarray:
         rgb = np.asarray(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"))
     else:
         rgb = frame.to_ndarray(format="rgb24", interpolation=RGB_CONVERSION, threads=1)
-    quarters = round(frame.rotation / 90) % 4  # PyAV reports the display matrix but does not apply it
-    if quarters:
-        rgb = np.ascontiguousarray(np.rot90(rgb, quarters))
-    return np.asarray(Image.fromarray(rgb).resize((size, size), Image.Resampling.BICUBIC))
+    if orientation is None:
+        picture = Image.fromarray(_as_displayed(frame, rgb))
+    else:
+        picture = Image.fromarray(rgb)
+        picture.getexif()[ExifTags.Base.Orientation] = orientation
+        picture = ImageOps.exif_transpose(picture)
+    return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _exif_orientation(path: str | os.PathLike[str]) -> int | None:
+    """Which of EXIF's eight orientations a picture has, 1 if it names none; None where Pillow does not read it."""
+    try:
+        with Image.open(path, formats=("JPEG", "PNG", "WEBP", "BMP", "GIF")) as picture:
+            return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    # Pillow's errors for what is no such file, a damaged one, or one larger than its own limit.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _as_displayed(frame: av.VideoFrame, rgb: np.ndarray) -> np.ndarray:
+    """A frame's picture [h w 3] turned and mirrored as its display matrix says; PyAV does not apply it.
+
+    Column p and row q of the coded picture are shown at column a p + c q and row b p + d q, up to a shift
+    (ISO/IEC 14496-12, 8.3.2: the matrix is a b u c d v x y w). Of other angles the nearest right one is taken.
+    """
+    try:
+        matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    except ValueError:
+        # PyAV 18.1 lists no side data at all if it does not know the kind of one (a picture's EXIF, the second
+        # view of MV-HEVC); it still gives the rotation, but mirroring is not told from it.
+        return np.ascontiguousarray(np.rot90(rgb, round(frame.rotation / 90) % 4))
+    if matrix is None:
+        return rgb
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(np.int64)
+    if abs(a) + abs(d) < abs(b) + abs(c):
+        rgb, across, down = rgb.swapaxes(0, 1), c, b
+    else:
+        across, down = a, d
+    return np.ascontiguousarray(rgb[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1])

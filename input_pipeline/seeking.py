@@ -148,34 +148,94 @@ def starts_afresh(codec: str, extradata: bytes | None, data: bytes) -> bool:
     return check is not None and check(extradata or b"", data)
 
 
-def _nal_types(extradata: bytes, data: bytes, length_byte: int) -> Iterator[int]:
-    """First byte of each NAL unit: behind lengths if the extradata is a configuration record, else after
-    start codes (ITU-T H.264 annex B; ISO/IEC 14496-15 for the records)."""
-    if len(extradata) > length_byte and extradata[0] == 1:
-        width, place = (extradata[length_byte] & 3) + 1, 0
-        while place + width < len(data):
-            yield data[place + width]
-            place += width + int.from_bytes(data[place : place + width], "big")
-    else:
-        place = data.find(b"\0\0\1")
-        while 0 <= place < len(data) - 3:
-            yield data[place + 3]
-            place = data.find(b"\0\0\1", place + 3)
+PARAMETRIC_CODECS = ("h264", "hevc", "mpeg4")
+
+
+def parameter_sets(codec: str, extradata: bytes | None, data: bytes | None = None) -> frozenset[bytes]:
+    """What a packet, or (None) the extradata, lays down for the pictures from there on until it is replaced.
+
+    H.264's and HEVC's parameter sets and MPEG-4's video object layers. A decoder that starts behind some that
+    the container does not have knows nothing of them, and may decode to other pictures without an error. In
+    AV1, VP9 and VP8 an entry carries all that it needs.
+    """
+    extradata = extradata or b""
+    if codec == "mpeg4":
+        units = _behind_start_codes(extradata if data is None else data)
+        return frozenset(unit for unit in units if 0x20 <= unit[0] <= 0x2F)
+    if codec not in PARAMETRIC_CODECS:
+        return frozenset()
+    units = _record_units(codec, extradata) if data is None else _units(codec, extradata, data)
+    if codec == "h264":
+        return frozenset(unit for unit in units if unit[0] & 31 in (7, 8))
+    return frozenset(unit for unit in units if 32 <= unit[0] >> 1 & 63 <= 34)
+
+
+# Where a configuration record says how many bytes give a unit's length (ISO/IEC 14496-15, 5.3.3 and 8.3.3).
+_LENGTH_BYTES = {"h264": 4, "hevc": 21}
+
+
+def _units(codec: str, extradata: bytes, data: bytes) -> Iterator[bytes]:
+    """A packet's NAL units: behind lengths if the extradata is a configuration record, else after start codes."""
+    length_byte = _LENGTH_BYTES[codec]
+    if len(extradata) <= length_byte or extradata[0] != 1:
+        yield from _behind_start_codes(data)
+        return
+    width, place = (extradata[length_byte] & 3) + 1, 0
+    while place + width < len(data):
+        size = int.from_bytes(data[place : place + width], "big")
+        place += width
+        if size:
+            yield data[place : place + size]
+        place += size
+
+
+def _behind_start_codes(data: bytes) -> Iterator[bytes]:
+    """The units of a byte stream (ITU-T H.264 annex B; ISO/IEC 14496-2, 6.2.1), the codes left out."""
+    place = data.find(b"\0\0\1")
+    while 0 <= place < len(data) - 3:
+        end = data.find(b"\0\0\1", place + 3)
+        # Zeros in front of the next code are the code's.
+        unit = data[place + 3 : end if end >= 0 else len(data)].rstrip(b"\0")
+        yield unit or b"\0"
+        place = end
+
+
+def _record_units(codec: str, extradata: bytes) -> Iterator[bytes]:
+    """The NAL units of a configuration record (ISO/IEC 14496-15, 5.3.3 and 8.3.3), or of a byte stream."""
+    if len(extradata) <= _LENGTH_BYTES[codec] or extradata[0] != 1:
+        yield from _behind_start_codes(extradata)
+        return
+    arrays = 2 if codec == "h264" else int.from_bytes(extradata[22:23], "big")
+    place = 5 if codec == "h264" else 23
+    for _ in range(arrays):
+        if codec == "h264":  # first those of sequences, in five bits, then those of pictures
+            count = int.from_bytes(extradata[place : place + 1], "big") & 31
+            place += 1
+        else:
+            count = int.from_bytes(extradata[place + 1 : place + 3], "big")
+            place += 3
+        for _ in range(count):
+            size = int.from_bytes(extradata[place : place + 2], "big")
+            if place + 2 + size > len(extradata):
+                return
+            if size:
+                yield extradata[place + 2 : place + 2 + size]
+            place += 2 + size
 
 
 def _h264(extradata: bytes, data: bytes) -> bool:
     """An IDR picture (nal_unit_type 5, ITU-T H.264 table 7-1)."""
-    for byte in _nal_types(extradata, data, 4):
-        if 1 <= byte & 31 <= 5:
-            return byte & 31 == 5
+    for unit in _units("h264", extradata, data):
+        if 1 <= unit[0] & 31 <= 5:
+            return unit[0] & 31 == 5
     return False
 
 
 def _hevc(extradata: bytes, data: bytes) -> bool:
     """An IRAP picture (nal_unit_type 16 to 21, ITU-T H.265 table 7-1): what follows it in both orders does
     not look back; what is shown before it may, and is never taken from there."""
-    for byte in _nal_types(extradata, data, 21):
-        kind = byte >> 1 & 63
+    for unit in _units("hevc", extradata, data):
+        kind = unit[0] >> 1 & 63
         if kind < 32:
             return 16 <= kind <= 21
     return False

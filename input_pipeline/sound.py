@@ -35,7 +35,9 @@ from input_pipeline.spec import FBANK_FRAME_LENGTH, SAMPLE_RATE, MediaSpec
 AudioReader = Callable[[str | os.PathLike[str]], tuple[np.ndarray, float]]
 Chunk = tuple[int, np.ndarray, float]  # position in samples from the sound's start, f32 [n], that start in s
 
-GAP_SECONDS = 0.1  # A hole this long between audio timestamps is real: a player is silent. Less is rounding.
+# When the timestamps are this far ahead of the samples there was a hole: a player is silent. Less is rounding, but
+# small holes and a slow clock add up to it (FFmpeg's own limit for that, libswresample, min_hard_comp).
+GAP_SECONDS = 0.1
 STRICT_GAP_SECONDS = 0.005  # The same for codecs that number their samples; Matroska rounds to 0.001 s.
 # Samples resampled ahead of the first that is wanted. FFmpeg's filter reaches 16 of them to either side.
 RUN_UP = 256
@@ -74,7 +76,7 @@ def window_starts(total: int, centres: list[float] | None, spec: MediaSpec) -> l
     if centres is None or len(centres) != spec.max_windows:
         segment = total / SAMPLE_RATE / spec.max_windows
         centres = [(i + 0.5) * segment for i in range(spec.max_windows)]
-    last = total - spec.window_samples
+    last = max(total - spec.window_samples, 0)  # One window may be longer than max_windows hops.
     starts = [round(c * SAMPLE_RATE) - spec.window_samples // 2 for c in centres]
     return sorted({min(max(s, 0), last) for s in starts})
 
@@ -214,8 +216,10 @@ def _mono_16k(
         time = expected if time is None else time
         if strict and (frame.time is None or abs(time - expected) > STRICT_GAP_SECONDS):
             raise MediaError(path, f"its sound is damaged at {expected:.3f} s, samples are missing")
+        # When it would be heard by the samples so far.
+        due = time if setup is None else start + (base + taken * SAMPLE_RATE / setup[0]) / SAMPLE_RATE
         now = (frame.sample_rate, frame.format.name, frame.layout.nb_channels, frame.layout.name)
-        if now != setup or time - expected > GAP_SECONDS:
+        if now != setup or time - due > GAP_SECONDS:
             position = round((time - start) * SAMPLE_RATE)
             if resampler is not None:
                 yield from drain(None)

@@ -40,11 +40,10 @@ from input_pipeline.containers import (
     Limits,
     MediaError,
     Track,
-    decode_stream,
-    open_container,
     read_timeline,
 )
 from input_pipeline.errors import UserError
+from input_pipeline.sound import sound_start
 from input_pipeline.spec import SAMPLE_RATE
 from input_pipeline.workers import Worker, WorkerFailure
 
@@ -104,9 +103,18 @@ class TfioAudio:
         self._worker = Worker([python, "-I", os.fspath(WORKER)])
 
     def start(self) -> dict[str, str]:
-        """Starts the process unless it runs; returns and raises as `backend_versions`."""
+        """Starts the process unless it runs; returns and raises as `backend_versions`.
+
+        One that was ended while it was idle, for want of memory perhaps, is replaced: no file is to blame.
+        """
         try:
-            return json.loads(self._worker.run(b"{}", VERSIONS_SECONDS))
+            try:
+                answer = self._worker.run(b"{}", VERSIONS_SECONDS)
+            except WorkerFailure as failure:
+                if failure.stage != "crash":
+                    raise
+                answer = self._worker.run(b"{}", VERSIONS_SECONDS)
+            return json.loads(answer)
         except OSError as error:
             why = error.strerror
         except (RuntimeError, WorkerFailure) as error:
@@ -145,7 +153,8 @@ class TfioAudio:
             raise MediaError(path, f"{len(samples)} of {answer['samples']} samples came back", "crash")
         track = read_timeline(path, "audio", self._limits).audio
         self._check_length(path, track, len(samples) / SAMPLE_RATE)
-        return samples, self._first_time(path, track)
+        # When the first sample is heard tensorflow-io does not say.
+        return samples, sound_start(path, "audio", track, self._limits)
 
     def close(self) -> None:
         """Ends the process."""
@@ -158,9 +167,3 @@ class TfioAudio:
         if abs(stored - heard) > max(MISSING_SECONDS, MISSING_FRACTION * stored):
             reason = f"tensorflow-io gives {heard:.3f} s of sound, its packets hold {stored:.3f} s; {REMEDY}"
             raise MediaError(path, reason)
-
-    def _first_time(self, path: str | os.PathLike[str], track: Track) -> float:
-        """When the first sample is heard on the file's clock; tensorflow-io does not say."""
-        with open_container(path, "audio", self._limits) as container:
-            frame = next(decode_stream(path, container, track.index, self._limits), None)
-        return track.start if frame is None or frame.time is None else frame.time

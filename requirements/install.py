@@ -18,6 +18,7 @@ import urllib.request
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 OLDEST = (3, 11)
+MARKER = "avlm-installed"  # In an environment made for one lock file alone; `avlm doctor` asks for it.
 VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 # Debian and Ubuntu ship Python without ensurepip (it is in python3-venv). There pip comes from PyPI, checked
@@ -61,12 +62,21 @@ def lock_for(version):
     return locks[max(fitting)]
 
 
-def make_environment(folder, python):
+def make_environment(folder, python, only=None):
     """Creates the environment with pip inside, anew if there is one of another Python version."""
+    marker = os.path.join(ROOT, folder, MARKER)
+    inhabited = os.path.isdir(os.path.join(ROOT, folder)) and os.listdir(os.path.join(ROOT, folder))
+    if only and inhabited and not os.path.exists(marker):
+        packages = os.path.join(ROOT, folder, "lib", "python3.*", "site-packages", "tensorflow_io")
+        if not glob.glob(packages):
+            fail(folder + " is not an environment made for " + only + "; name a new folder")
     inside = os.path.join(ROOT, python)
     here = "%d.%d" % sys.version_info[:2]
     if version_of(inside) != here:
         run(sys.executable, "-m", "venv", "--clear", "--without-pip", folder)
+    if only:
+        with open(marker, "w") as file:
+            file.write(only + "\n")
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     for provides_pip in (["pip", "--version"], ["ensurepip"]):
         if subprocess.call([inside, "-m"] + provides_pip, **quiet) == 0:
@@ -100,7 +110,7 @@ def main():
     args = parser.parse_args()
 
     python = os.path.join(args.folder, "bin", "python")
-    make_environment(args.folder, python)
+    make_environment(args.folder, python, args.only)
     lock = args.only or os.path.relpath(lock_for(version_of(os.path.join(ROOT, python))), ROOT)
     pip = [os.path.join(ROOT, python), "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     # Wheels alone: a newcomer's machine need not have a compiler, and no package runs code while it is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,6 +128,62 @@ def test_nothing_is_overwritten_and_nothing_made_without_the_lock_file(
     assert (tmp_path / "photos" / "cat.jpg").exists()
     with pytest.raises(UserError, match="checkout"):
         doctor.make_tfio_venv("new", tmp_path)
+
+
+def test_another_environment_is_left_alone(installer: Path, tmp_path: Path) -> None:
+    other = tmp_path / ".venv"
+    (other / "bin").mkdir(parents=True)
+    (other / "pyvenv.cfg").touch()
+    with pytest.raises(UserError, match="name a new folder"):
+        doctor.make_tfio_venv(".venv", installer)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(UserError, match="name a new folder"):
+        doctor.make_tfio_venv("dangling", installer)
+    with pytest.raises(UserError, match="is empty"):
+        doctor.make_tfio_venv("", installer)
+    assert not doctor.may_become_tfio(other)
+    (other / doctor.TFIO_MARKER).touch()  # one whose installation was broken off
+    assert doctor.may_become_tfio(other)
+    (other / doctor.TFIO_MARKER).unlink()
+    (other / "lib" / "python3.11" / "site-packages" / "tensorflow_io").mkdir(parents=True)
+    assert doctor.may_become_tfio(other)
+    (tmp_path / "empty").mkdir()
+    assert doctor.may_become_tfio(tmp_path / "empty") and doctor.may_become_tfio(tmp_path / "new")
+
+
+def test_the_installer_itself_leaves_other_environments_alone(repository: Path, tmp_path: Path) -> None:
+    other = tmp_path / ".venv"
+    other.mkdir()
+    (other / "pyvenv.cfg").touch()
+    command = [
+        sys.executable,
+        str(repository / "requirements" / "install.py"),
+        str(other),
+        "--only",
+        "none.txt",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "not an environment made for none.txt" in done.stderr
+    assert (other / "pyvenv.cfg").exists()
+    # A new folder is marked before anything is installed, so that it can be taken up again.
+    command[2] = str(tmp_path / "new")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "none.txt" in done.stderr and doctor.may_become_tfio(tmp_path / "new")
+
+
+def test_an_empty_folder_name_is_not_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--make-tfio-venv", ""]) == cli.EXIT_UNUSABLE
+    assert "--make-tfio-venv is empty" in capsys.readouterr().err
+
+
+def test_the_core_packages_are_looked_for(repository: Path) -> None:
+    assert {"apache-beam", "array_record", "simplejpeg"} <= set(doctor.PACKAGES)
+
+
+def test_a_tfio_python_that_is_named_and_missing_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tfio_audio.PYTHON_VARIABLE, "nowhere/python")
+    (check,) = doctor.check_tfio()
+    assert check.status == doctor.PROBLEM and "there is no Python with tensorflow-io" in check.value
 
 
 def test_a_python_that_fits_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ RATE, FRAME, SHIFT = 16_000, 400, 160  # Hz; a filterbank frame and the way to t
 # Times in a question. A clock has two or three parts; SubRip's comma is a decimal point in the long form only; a lone "m" is no
 # minute but mostly a metre; lengths ("for 5 seconds", "12 s long", "a 10-second clip") are matched to be left out.
 _N, _H, _M = r"\d+(?:\.\d+)?", r"\s*(?:hours?|hrs?|h)\b", r"\s*(?:minutes?|mins?)\b"
-_S, _AND, _FREE = r"\s*(?:seconds?|secs?|s)\b", r"(?:(?:\s*,)?\s*(?:and\s+)?)", r"(?<![\w.:])"
+_S, _AND, _FREE = r"\s*(?:seconds?|secs?|s)\b", r"(?:(?:\s*,)?\s*(?:and\s+)?)", r"(?<![\w.:\u2044])"
 _CLOCK = r"(?<![\d:.])(?:\d{1,3}:[0-5]?\d:[0-5]\d(?:\.\d+|,\d{3}(?!\d|:\d))?|\d{1,3}:[0-5]\d(?:\.\d+)?)(?:s\b)?(?!\d|[:.]\d)"
 _HMS = rf"{_N}\s*(?:h|m|h\s*\d+\s*m)\s*{_N}\s*s\b|{_N}{_H}(?:{_AND}{_N}{_M})?(?:{_AND}{_N}{_S})?"
 _AMOUNT = rf"{_FREE}(?:{_HMS}|{_N}{_M}(?:{_AND}{_N}{_S})?|{_N}{_S})"
@@ -49,19 +50,20 @@ _SPAN = re.compile(
     rf"|{_AMOUNT}\s*(?:-\s*)?(?:long|clip|video|audio|recording|later|earlier|apart)\b|({_TIME})",
     re.IGNORECASE,
 )
-_PLACEHOLDER = re.compile(
-    "<video>|<image>|<audio>"
-)  # Of data sets; in a question that is asked they are text.
+_PLACEHOLDER = re.compile("<video>|<image>|<audio>")  # Of data sets; when asked they are text.
+_MARKS = {0x2460 + i: f"({i + 1})" for i in range(20)} | {0x2776 + i: f"({i % 10 + 1})" for i in range(30)}
+_MARKS |= {0x24B6 + i: f"({chr(65 + i % 26)})" for i in range(52)} | {0x3001: ","}  # Circled ones.
 # Options: whole lines, and within a line the first one's marker where a second's follows.
 _END, _DOT, _STOP = r"[*:.]*(?=\s|$|[\d(\[\"'])", r"(?:\)|[.:](?!\d))", r"(?:^|[?.!:;,]\s|\n)[^\S\n]*"
+_NAME = r"(?:[A-J]|[1-9]\d?|[ivx]{1,4})"
 _OPTION = re.compile(
-    rf"[\s*\u2022>-]*(?:(?:option\s+)?(?:[A-J][.:]|[1-9]\d?[.:](?!\d)){_END}|[(\[](?:[A-J]|[1-9]\d?)[)\]]"
-    r"|(?:[A-J]|[1-9]\d?)\)|option\s+\w+\b|[A-H]\s+(?:[-\u2013\u2014]\s|\d+:\d))",
+    rf"[\s*\u2022>-]*(?:(?:option\s+)?(?:(?:[A-J]|[ivx]{{1,4}})[.:]|[1-9]\d?[.:](?!\d)){_END}|[(\[]{_NAME}[)\]]"
+    rf"|{_NAME}\)|option\s+\w+\b|[A-H](?:\s+(?:[-\u2013\u2014]\s|\d+:\d)|,\s*\d))",
     re.IGNORECASE,
 )
 _MARKERS = (
-    rf"(?<!\w)(?:[(\[][Aa][)\]]|A[).:]{_END})|{_STOP}a[).:]{_END}|\b[Oo]ption\s+[Aa]\b",
-    rf"(?<!\w)(?:[(\[][Bb][)\]]|[Bb][).:]{_END})|\b[Oo]ption\s+[Bb]\b",
+    rf"(?<!\w)(?:[(\[][AaIi][)\]]|A(?:[).:]{_END}|,\s*(?=\d)))|{_STOP}[aiI][).:]{_END}|\b[Oo]ption\s+[Aa]\b",
+    rf"(?<!\w)(?:[(\[](?:[Bb]|ii|II)[)\]]|(?:[Bb]|ii|II)(?:[).:]{_END}|,\s*(?=\d)))|\b[Oo]ption\s+[Bb]\b",
     rf"(?<!\w)[(\[]1[)\]]|{_STOP}1{_DOT}{_END}|\b[Oo]ption\s+1\b",
     rf"(?<!\w)[(\[]2[)\]]|(?<![\w.:])2{_DOT}{_END}|\b[Oo]ption\s+2\b",
 )
@@ -77,6 +79,7 @@ def times_named(question: str, duration: float) -> list[tuple[float, float]]:
         parts = re.findall(rf"({_N})\s*([hms])", text, re.IGNORECASE)
         return sum(float(number) * {"h": 3600, "m": 60, "s": 1}[unit.casefold()] for number, unit in parts)
 
+    question = unicodedata.normalize("NFKC", question.translate(_MARKS))
     lines, spans = _PLACEHOLDER.sub(" ", question).splitlines(), []
     if options := [number for number, line in enumerate(lines) if _OPTION.match(line)]:
         end = options[-1] + 1

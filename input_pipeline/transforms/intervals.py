@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 from input_pipeline.conversation import PLACEHOLDERS
 from input_pipeline.errors import UserError
@@ -25,7 +26,7 @@ _NEXT = r"(?:(?:\s*,)?\s*(?:and\s+)?)"  # One run of blanks is never split betwe
 # Amounts with units, also composed: "12s", "12.5 seconds", "2 minutes", "1 minute and 5 seconds", "1h 2m 3s".
 # A lone "m" is left out (it is mostly metres).
 _AMOUNT = (
-    rf"(?<![\w.:])(?:{_NUMBER}\s*(?:h|m|h\s*\d+\s*m)\s*{_NUMBER}\s*s\b"
+    rf"(?<![\w.:\u2044])(?:{_NUMBER}\s*(?:h|m|h\s*\d+\s*m)\s*{_NUMBER}\s*s\b"
     rf"|{_NUMBER}{_HOURS}(?:{_NEXT}{_NUMBER}{_MINUTES})?(?:{_NEXT}{_NUMBER}{_SECONDS})?"
     rf"|{_NUMBER}{_MINUTES}(?:{_NEXT}{_NUMBER}{_SECONDS})?"
     rf"|{_NUMBER}{_SECONDS})"
@@ -34,7 +35,7 @@ _TIME = rf"(?:{_CLOCK}|{_AMOUNT})"
 _DASH = r"[-\u2010-\u2015~]"  # hyphen, en dash, em dash and their kin
 _JOINED = rf"(?:\s*{_DASH}\s*|\s+to\s+|\s+until\s+|\s+till\s+|\s+through\s+)"
 # A number whose unit stands behind its partner only: "from 5 to 10 seconds".
-_BARE = rf"(?<![\w.:]){_NUMBER}"
+_BARE = rf"(?<![\w.:\u2044]){_NUMBER}"
 
 _SPAN = re.compile(
     rf"""
@@ -52,15 +53,21 @@ _SPAN = re.compile(
     """,
     re.IGNORECASE | re.VERBOSE,
 )
+# Circled numbers and letters, black circles too, as if they stood in brackets; the ideographic comma as a comma.
+# The rest of Unicode's other forms, such as full-width colons and digits, is NFKC's.
+_MARKS = {0x2460 + i: f"({i + 1})" for i in range(20)} | {0x2776 + i: f"({i % 10 + 1})" for i in range(30)}
+_MARKS |= {0x24B6 + i: f"({chr(65 + i % 26)})" for i in range(52)} | {0x3001: ","}
 _UNIT_SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
-# An option line: "A: ...", "A. ...", "A) ...", "(A) ...", "[A] ...", "A - ...", "A 00:01", "**A.** ...", "Option 1: ...",
-# "1. ...", "1) ...", with a bullet or without; "10:05 is shown" and "5.5 s later" are none.
+# An option line: "A: ...", "A. ...", "A) ...", "(A) ...", "[A] ...", "A - ...", "A 00:01", "A, 00:01", "**A.** ...",
+# "Option 1: ...", "1. ...", "1) ...", "(ii) ...", with a bullet or without; "10:05 is shown" and "5.5 s later" are none.
 _BULLET = r"[\s*\u2022>-]*"
+_ROMAN = r"[ivx]{1,4}"
 _BEHIND = r"[*:.]*(?=\s|$|[\d(\[\"'])"
 _OPTION_LINE = re.compile(
-    rf"{_BULLET}(?:(?:option\s+)?(?:[A-J][.:]|[1-9]\d?[.:](?!\d)){_BEHIND}"
-    r"|[(\[](?:[A-J]|[1-9]\d?)[)\]]|(?:[A-J]|[1-9]\d?)\)|option\s+\w+\b|[A-H]\s+(?:[-\u2013\u2014]\s|\d+:\d))",
+    rf"{_BULLET}(?:(?:option\s+)?(?:(?:[A-J]|{_ROMAN})[.:]|[1-9]\d?[.:](?!\d)){_BEHIND}"
+    rf"|[(\[](?:[A-J]|[1-9]\d?|{_ROMAN})[)\]]|(?:[A-J]|[1-9]\d?|{_ROMAN})\)|option\s+\w+\b"
+    r"|[A-H](?:\s+(?:[-\u2013\u2014]\s|\d+:\d)|,\s*\d))",
     re.IGNORECASE,
 )
 # Options within a line: the marker of the first and that of the second. "a)", "1)" and "1." are words as well, hence
@@ -68,8 +75,14 @@ _OPTION_LINE = re.compile(
 _STOP = r"(?:^|[?.!:;,]\s|\n)[^\S\n]*"
 _INLINE = (
     (
-        re.compile(rf"(?<!\w)(?:[(\[][Aa][)\]]|A[).:]{_BEHIND})|{_STOP}a[).:]{_BEHIND}|\b[Oo]ption\s+[Aa]\b"),
-        re.compile(rf"(?<!\w)(?:[(\[][Bb][)\]]|[Bb][).:]{_BEHIND})|\b[Oo]ption\s+[Bb]\b"),
+        re.compile(
+            rf"(?<!\w)(?:[(\[][AaIi][)\]]|A(?:[).:]{_BEHIND}|,\s*(?=\d)))|{_STOP}[aiI][).:]{_BEHIND}"
+            r"|\b[Oo]ption\s+[Aa]\b"
+        ),
+        re.compile(
+            rf"(?<!\w)(?:[(\[](?:[Bb]|ii|II)[)\]]|(?:[Bb]|ii|II)(?:[).:]{_BEHIND}|,\s*(?=\d)))"
+            r"|\b[Oo]ption\s+[Bb]\b"
+        ),
     ),
     (
         re.compile(rf"(?<!\w)[(\[]1[)\]]|{_STOP}1(?:\)|[.:](?!\d)){_BEHIND}|\b[Oo]ption\s+1\b"),
@@ -86,11 +99,13 @@ def interval_source(text: str) -> str:
     """The part of a human turn in which times may be looked for: its stem, without options and placeholders.
 
     Lines between the first and the last option belong to the options, as do indented lines behind the last; other
-    lines behind them belong to the stem. A wrong guess costs the stem's times rather than tells the options'.
+    lines behind them belong to the stem. A wrong guess costs the stem's times rather than tells the options'. Options
+    marked in yet another way, or not at all, are not told from the stem. What is returned is in Unicode's NFKC.
 
     >>> interval_source("<video>\\nWhen does the bell ring?\\nA: 00:01 - 00:03\\nB: 00:05 - 00:07")
     'When does the bell ring?'
     """
+    text = unicodedata.normalize("NFKC", text.translate(_MARKS))
     for placeholder in PLACEHOLDERS:
         text = text.replace(placeholder, " ")
     lines = text.splitlines()

@@ -100,6 +100,36 @@ def write_moving(
     return path
 
 
+def write_spliced(path: Path, count: int, *, codec: str, options: Sequence[dict[str, str]]) -> Path:
+    """Films of `count` frames each, one behind the other in one Matroska, whose header has the parameter sets of
+    the first alone; the others bring their own along in their first packet and not again."""
+    parts = []
+    for number, codec_options in enumerate(options):
+        part = path.with_name(f"part{number}.h264" if codec == "libx264" else f"part{number}.hevc")
+        write_moving(part, count, codec=codec, codec_options=codec_options)
+        with av.open(str(part)) as source:  # A byte stream: parameter sets lie in the packets.
+            parts.append([(bytes(packet), packet.is_keyframe) for packet in source.demux() if packet.size])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 64, 48, "yuv420p", options[0]
+        stream.codec_context.thread_count = 1
+        for number, (data, flagged) in enumerate(packet for part in parts for packet in part):
+            packet = av.Packet(data if number % count == 0 else _without_parameter_sets(data, codec))
+            packet.stream, packet.pts, packet.dts = stream, number, number
+            packet.time_base, packet.is_keyframe = Fraction(1, 25), flagged
+            container.mux(packet)
+    return path
+
+
+def _without_parameter_sets(data: bytes, codec: str) -> bytes:
+    units = [unit for unit in data.split(b"\0\0\1") if unit.strip(b"\0")]
+    if codec == "libx264":
+        kept = [unit for unit in units if unit[0] & 31 not in (7, 8)]
+    else:
+        kept = [unit for unit in units if not 32 <= unit[0] >> 1 & 63 <= 34]
+    return b"".join(b"\0\0\0\1" + unit for unit in kept)
+
+
 def write_sound(
     path: Path,
     samples: np.ndarray,
@@ -178,7 +208,11 @@ def _write_films(folder: Path) -> None:
     write_moving(folder / "ten_bits.mp4", 20, rate=10, pix_fmt="yuv420p10le")
     write_moving(folder / "uncompressed.avi", 20, rate=10, codec="rawvideo", pix_fmt="bgr24")
     write_moving(
-        folder / "fragments.mp4", 20, rate=10, container_options={"movflags": "frag_keyframe+empty_moov"}
+        folder / "fragments.mp4",
+        20,
+        rate=10,
+        codec_options={"g": "10"},
+        container_options={"movflags": "frag_keyframe+empty_moov"},
     )
 
 
@@ -202,12 +236,21 @@ def _write_odd_films(folder: Path) -> None:
 
 
 def _write_rotated(path: Path) -> None:
-    """A film whose track header says: turn by 90 degrees (the matrix of ISO/IEC 14496-12, 8.3.2)."""
+    """A film whose track header says: turn by 90 degrees."""
     write_moving(path, 20, rate=10, width=64, height=32)
+    set_display_matrix(path, (0, 1, -1, 0), (64, 32))
+
+
+def set_display_matrix(path: Path, matrix: tuple[int, int, int, int], size: tuple[int, int]) -> None:
+    """Writes a b c d into the track header of an mp4 of `size` (the matrix of ISO/IEC 14496-12, 8.3.2), and the
+    shift that brings the picture back to where columns and rows are positive."""
+    a, b, c, d = matrix
+    across, down = -min(a, 0) * size[0] - min(c, 0) * size[1], -min(b, 0) * size[0] - min(d, 0) * size[1]
     data = bytearray(path.read_bytes())
     identity = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     place = data.index(identity, data.index(b"tkhd"))
-    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    values = (a << 16, b << 16, 0, c << 16, d << 16, 0, across << 16, down << 16, 1 << 30)
+    data[place : place + 36] = struct.pack(">9i", *values)
     path.write_bytes(data)
 
 
@@ -265,6 +308,7 @@ def _write_sounds(folder: Path) -> None:
         samples = rng.integers(-9000, 9000, (channels, 2 * rate)).astype(np.int16)
         layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}[channels]
         write_sound(folder / name, samples, rate, codec=codec, layout=layout)
+    _write_commented_song(folder / "commented.mp3")
     bad = np.zeros((1, 16_000), np.float32)
     bad[0, 8000] = np.nan
     write_sound(folder / "not_a_number.wav", bad, 16_000, codec="pcm_f32le")
@@ -279,6 +323,21 @@ def _write_sounds(folder: Path) -> None:
         packet.stream, packet.pts, packet.dts, packet.duration = stream, 0, 0, 1000
         packet.time_base = Fraction(1, 1000)
         container.mux(packet)
+
+
+def _write_commented_song(path: Path) -> None:
+    """An mp3 without the tag that counts its frames, whose title says "Info". Its bit rate rises, so that FFmpeg takes
+    it for longer than it is."""
+    data = b""
+    for rate in (32_000, 128_000):
+        with av.open(str(path), "w", options={"write_xing": "0"}) as container:
+            container.metadata["title"] = "Info"
+            stream = container.add_stream("libmp3lame", rate=16_000, layout="mono")
+            stream.bit_rate = rate
+            _encode_sound(container, stream, _noise(4), 16_000, 0)
+        part = path.read_bytes()
+        data += part[part.index(b"\xff\xf3") :] if data else part
+    path.write_bytes(data)
 
 
 def write_song_with_cover(path: Path) -> Path:
@@ -328,6 +387,12 @@ def _write_damaged(folder: Path) -> None:
         cut(folder / "film.mkv", percent / 100, f"cut_{percent}.mkv")
     for name in ("film.avi", "film.webm", "song.mp3", "stereo.wav", "song.flac", "song.m4a", "photo.jpg"):
         cut(folder / name, 0.5)
+    _cut_at(folder / "mono.wav", 78 + 10 * 2048, "cut_at_packet.wav")
+    ogg = (folder / "song.ogg").read_bytes()
+    _cut_at(folder / "song.ogg", ogg.rindex(b"OggS"), "cut_at_page.ogg")
+    _cut_at(folder / "song.ogg", len(ogg) - 10, "cut_last_page.ogg")
+    fragments = (folder / "fragments.mp4").read_bytes()
+    _cut_at(folder / "fragments.mp4", fragments.rindex(b"moof") - 4, "cut_at_fragment.mp4")
     for place in (0.2, 0.5, 0.8):
         flip(folder / "song.flac", place, f"flipped_{place * 10:.0f}.flac")
         flip(fast, place, f"flipped_{place * 10:.0f}.mp4")
@@ -345,6 +410,10 @@ def _write_damaged(folder: Path) -> None:
         stream.width = stream.height = 32
         stream.pix_fmt = "yuv420p"
         container.start_encoding()
+
+
+def _cut_at(path: Path, size: int, name: str) -> None:
+    path.with_name(name).write_bytes(path.read_bytes()[:size])
 
 
 def flip(path: Path, place: float, name: str) -> Path:

@@ -94,6 +94,11 @@ def test_not_a_time():
         parse_seconds("soon")
 
 
+def test_fractions_and_powers_are_no_whole_numbers():
+    for stem in ("After \u00bd s, what?", "After 1\u00bd minutes, what?"):
+        assert parse_intervals(interval_source(stem), 3600.0, 8) == []
+
+
 def test_too_many_are_refused_by_name():
     stem = " ".join(f"00:{i:02d}" for i in range(4))
     assert len(parse_intervals(stem, 60.0, 4)) == 4
@@ -113,6 +118,22 @@ def test_too_many_are_refused_by_name():
         "1. 00:01 - 00:03\n2. 00:05 - 00:07",
         "(A) 00:01 - 00:03 (B) 00:05 - 00:07",
         "A. 00:01 - 00:03 B. 00:05 - 00:07",
+        "A\uff1a00:01 - 00:03\nB\uff1a00:05 - 00:07",
+        "\uff21\uff1a\uff10\uff1a\uff10\uff11\n\uff22\uff1a\uff10\uff1a\uff10\uff15",
+        "\uff08A\uff0900:01\uff08B\uff0900:05",
+        "(i) 00:01 - 00:03\n(ii) 00:05 - 00:07\n(iii) 00:08\n(iv) 00:09\n(v) 00:10",
+        "i) 00:01 - 00:03\nii) 00:05 - 00:07",
+        "I. 00:01\nII. 00:05\nIII. 00:08",
+        "(i) 00:01 (ii) 00:05",
+        "i. 00:01 ii. 00:05",
+        "A, 0:01\nB, 0:05",
+        "A, 0:01 B, 0:05",
+        "A\u3001 0:01\nB\u3001 0:05",
+        "\u2460 00:01\n\u2461 00:05",
+        "\u246000:01 \u246100:05",
+        "\u2776 00:01\n\u2777 00:05",
+        "\u24b6 00:01 \u24b7 00:05",
+        "\u2474 00:01\n\u2475 00:05",
     ],
 )
 def test_options_do_not_leak(options):
@@ -124,6 +145,10 @@ def test_options_do_not_leak(options):
 
 def test_stem_that_begins_like_an_option_is_kept():
     for stem in (
+        "It rings at \uff10\uff10\uff1a\uff10\uff15.",
+        "In scene A, and in B, at 00:05, what is seen?",
+        "Ivan sings at 00:05.",
+        "At \u2460, who speaks at 00:05?",
         "A bell rings at 00:05.",
         "B-flat is heard at 00:05.",
         "10:05 is shown; what is heard at 00:05?",

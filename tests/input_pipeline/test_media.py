@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import shutil
 import struct
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from input_pipeline.media import Limits, MediaError, load_media, probe, window_starts
+from input_pipeline.media import RGB_CONVERSION, Limits, MediaError, load_media, probe, window_starts
 from input_pipeline.spec import MediaSpec
 from tests.input_pipeline.media_corpus import (
     cut,
     grey_levels,
+    set_display_matrix,
+    write_moving,
     write_song_with_cover,
     write_sound,
     write_video,
@@ -177,6 +181,51 @@ def test_camera_orientation_of_a_photograph(tmp_path):
     assert frame[:6].mean() > 240 and frame[-6:].mean() < 15  # upper half white
 
 
+@pytest.mark.parametrize("orientation", [None, *range(1, 9)])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_every_exif_orientation(tmp_path, suffix, orientation):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    picture = picture.resize((80, 48), Image.Resampling.NEAREST)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    picture.save(path, exif=exif, quality=95)
+    expected = (
+        ImageOps.exif_transpose(Image.open(path)).convert("RGB").resize((16, 16), Image.Resampling.BICUBIC)
+    )
+    frame = load_media(path, SPEC).frames[0].astype(float)
+    assert np.abs(frame - np.asarray(expected)).mean() < 4
+    info = probe(path)
+    assert (info.width, info.height) == ((48, 80) if orientation in (5, 6, 7, 8) else (80, 48))
+
+
+# Rows of the matrix's first two columns (a b, c d), and what it makes of a picture.
+MATRICES = {
+    "mirrored": ((-1, 0, 0, 1), lambda picture: picture[:, ::-1]),
+    "upside down": ((1, 0, 0, -1), lambda picture: picture[::-1]),
+    "turned": ((-1, 0, 0, -1), lambda picture: picture[::-1, ::-1]),
+    "clockwise": ((0, 1, -1, 0), lambda picture: np.rot90(picture, -1)),
+    "counter-clockwise": ((0, -1, 1, 0), lambda picture: np.rot90(picture)),
+    "transposed": ((0, 1, 1, 0), lambda picture: picture.swapaxes(0, 1)),
+    "transversed": ((0, -1, -1, 0), lambda picture: picture[::-1, ::-1].swapaxes(0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_the_display_matrix_of_a_film(tmp_path, name):
+    (a, b, c, d), transform = MATRICES[name]
+    path = write_moving(tmp_path / "a.mp4", 3, width=64, height=48)
+    with av.open(str(path)) as container:
+        coded = next(container.decode(video=0)).to_ndarray(format="rgb24", interpolation=RGB_CONVERSION)
+    set_display_matrix(path, (a, b, c, d), (64, 48))
+    frame = load_media(path, MediaSpec(num_frames=3, image_size=16)).frames[0]
+    upright = Image.fromarray(np.ascontiguousarray(transform(coded)))
+    np.testing.assert_array_equal(frame, upright.resize((16, 16), Image.Resampling.BICUBIC))
+    info = probe(path)
+    assert (info.width, info.height) == upright.size
+
+
 # Sound
 # --------------------------------------------------------------------------------------------------------
 
@@ -267,6 +316,10 @@ def test_window_starts():
     # Moved inside at both ends, once where two would coincide, also when the picture outlasts the sound.
     assert window_starts(long, [0.0, 0.1, 5.0, 99.0], SPEC) == [0, 80_000 - length // 2, long - length]
     assert window_starts(long, [5.0], SPEC) == window_starts(long, None, SPEC)
+    # Longer than a hop and shorter than a window: it begins with the sound.
+    single = MediaSpec(max_windows=1)
+    assert window_starts(single.window_hop + 1, None, single) == [0]
+    assert window_starts(single.window_samples + 9, None, single) in ([4], [5])
 
 
 def test_one_clock_for_picture_and_sound(tmp_path):
@@ -286,6 +339,25 @@ def test_a_hole_in_the_sound_keeps_what_follows_in_its_place(tmp_path):
     for start, _, samples in windows:
         whole[round(start * 16_000) : round(start * 16_000) + len(samples)] = samples
     np.testing.assert_array_equal(whole, np.repeat([0.25, 0, 0, 0.25], 8000))
+
+
+def test_small_holes_and_a_slow_clock_add_up(tmp_path):
+    """What is played stays within 0.1 s of its time."""
+    for name, length, every in (("holes.mka", 1600, 0.19), ("slow.mka", 16_000, 1.01)):
+        count = round(19 / every)
+        pieces = np.zeros((1, length), np.int16)
+        pieces[0, :160] = 8192  # a click
+        path = write_sound(
+            tmp_path / name, pieces, 16_000, codec="pcm_s16le", starts=[i * every for i in range(count)]
+        )
+        media = load_media(path, MediaSpec(max_windows=2))
+        assert media.duration == pytest.approx((count - 1) * every + length / 16_000, abs=0.1)
+        whole = np.zeros(20 * 16_000)
+        for start, _, samples in media.windows:
+            whole[round(start * 16_000) :][: len(samples)] = samples
+        clicks = np.flatnonzero(np.diff(whole, prepend=0) > 0.2) / 16_000
+        late = np.arange(count)[: len(clicks)] * every - clicks
+        assert len(clicks) == count and late.min() > -0.001 and late.max() < 0.101
 
 
 def test_a_cover_picture_is_no_video(tmp_path):
@@ -343,6 +415,46 @@ def test_truncated_sound_is_an_error(tmp_path, name, codec):
     refused(cut(path, 0.52))
 
 
+def test_sound_that_ends_where_a_packet_does_is_truncated_all_the_same(tmp_path):
+    noise = np.random.default_rng(0).integers(-9000, 9000, (1, 64_000)).astype(np.int16)
+    wav = write_sound(tmp_path / "a.wav", noise, 16_000).read_bytes()
+    for size in range(78 + 2048, len(wav), 20 * 2048):
+        (tmp_path / "b.wav").write_bytes(wav[:size])
+        assert f"announces {len(wav) - size} bytes" in refused(tmp_path / "b.wav").reason
+    ogg = write_sound(tmp_path / "a.ogg", noise.repeat(3, 1), 48_000, codec="libopus").read_bytes()
+    places = [place for place in range(len(ogg)) if ogg.startswith(b"OggS", place)]
+    assert len(places) > 4
+    for size in (*places[3:], places[-1] + 30, len(ogg) - 1):
+        (tmp_path / "b.ogg").write_bytes(ogg[:size])
+        assert "truncated" in refused(tmp_path / "b.ogg").reason
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_a_wav_that_does_not_state_its_length_is_read_to_its_end(tmp_path, size):
+    path = write_sound(tmp_path / "a.wav", np.full((1, 32_768), 999, np.int16), 16_000)  # whole packets
+    data = bytearray(path.read_bytes())
+    place = data.index(b"data") + 4
+    data[place : place + 4] = struct.pack("<I", size)
+    path.write_bytes(data)
+    assert load_media(path, SPEC).duration == pytest.approx(2.048)
+
+
+def test_the_sizes_of_long_wavs_and_tags_after_an_ogg(tmp_path):
+    form = struct.pack("<HHIIHH", 1, 1, 16_000, 32_000, 2, 16)
+    sound = np.full(32_000, 999, "<i2").tobytes()
+    for stated, fits in ((len(sound), True), (len(sound) + 2, False)):
+        chunks = b"ds64" + struct.pack("<IQQQI", 28, 72 + stated, stated, stated // 2, 0)
+        chunks += b"fmt " + struct.pack("<I", 16) + form + b"data\xff\xff\xff\xff" + sound
+        (tmp_path / "a.wav").write_bytes(b"RF64\xff\xff\xff\xffWAVE" + chunks)
+        if fits:
+            assert load_media(tmp_path / "a.wav", SPEC).duration == pytest.approx(2.0)
+        else:
+            assert "announces 2 bytes" in refused(tmp_path / "a.wav").reason
+    ogg = write_sound(tmp_path / "a.ogg", np.full((1, 96_000), 999, np.int16), 48_000, codec="libopus")
+    ogg.write_bytes(ogg.read_bytes() + b"TAG" + bytes(125))
+    assert load_media(ogg, SPEC).duration == pytest.approx(2.0, abs=0.01)
+
+
 def test_flipped_bits_in_flac_are_an_error(tmp_path):
     noise = np.random.default_rng(0).integers(-9000, 9000, (1, 64_000)).astype(np.int16)
     path = write_sound(tmp_path / "a.flac", noise, 16_000, codec="flac")
@@ -388,6 +500,27 @@ def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")  # opening it would wait for ever
     for name in ("folder.mp4", "pipe.mp4"):
         assert "no regular file" in refused(tmp_path / name).reason
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.png"])
+def test_a_file_without_the_right_to_read_it(tmp_path, monkeypatch, name):
+    write_video(tmp_path / "a.mp4", LEVELS[:3], TENTHS[:3])
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    if os.geteuid() == 0:  # To root nothing is forbidden.
+        denied = av.error.PermissionError(13, "Permission denied")
+        monkeypatch.setattr(av, "open", Mock(side_effect=denied))
+        monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=PermissionError(13, "Permission denied")))
+    else:
+        (tmp_path / name).chmod(0)
+    error = refused(tmp_path / name)
+    assert error.stage == "open" and "permission" in error.reason
+
+
+def test_a_media_error_passes_between_processes(tmp_path):
+    error = refused(tmp_path / "missing.mp4")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == str(error)
+    assert (copy.path, copy.reason, copy.stage) == (error.path, error.reason, error.stage)
 
 
 def test_kind_must_fit(tmp_path):

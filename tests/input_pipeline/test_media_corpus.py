@@ -95,6 +95,7 @@ FILES: dict[str, Refused | Loaded] = {
     "song.flac": SONG,
     "song.mp3": SONG,
     "song.ogg": SONG,
+    "commented.mp3": Loaded([], [(0.519, 1.534), (2.571, 3.586), (4.623, 5.638), (6.675, 7.69)], 8.208),
     "song.m4a": Loaded([], [(0.0, 1.015), (1.0, 2.015)], 2.02),
     "hole.mka": SONG,
     "cover.mp3": SONG,
@@ -128,6 +129,10 @@ FILES: dict[str, Refused | Loaded] = {
     "cut_song.flac": CUT_OFF,
     "cut_stereo.wav": CUT_OFF,
     "cut_song.m4a": NO_MEDIA,
+    "cut_at_packet.wav": CUT_OFF,
+    "cut_at_page.ogg": CUT_OFF,
+    "cut_last_page.ogg": CUT_OFF,
+    "cut_at_fragment.mp4": Loaded([0.1, 0.3, 0.6, 0.8], [], 1.0),  # nothing in it says that there was more
     "cut_photo.jpg": Refused("decode", "cannot be decoded"),
     # flipped bits and bent headers
     "flipped_2.flac": Refused("decode", "its sound is damaged at 0.4"),

@@ -11,7 +11,7 @@ from input_pipeline.containers import Limits, MediaError, read_timeline
 from input_pipeline.media import load_media
 from input_pipeline.seeking import Entry, LandedElsewhereError, plan_runs, seek_cost, seeking_pays
 from input_pipeline.spec import MediaSpec
-from tests.input_pipeline.media_corpus import write_moving
+from tests.input_pipeline.media_corpus import write_moving, write_spliced
 
 SPEC = MediaSpec(num_frames=5, image_size=32)
 COUNT, RATE = 120, 25
@@ -87,6 +87,84 @@ def test_an_edit_list_that_begins_within_a_group(films, monkeypatch):
         np.testing.assert_allclose(edited.frame_times, whole.frame_times, atol=1e-6)
 
 
+CABAC, CAVLC = "keyint=12:bframes=0:scenecut=0", "keyint=12:bframes=0:scenecut=0:cabac=0:8x8dct=0"
+HEVC = "keyint=12:bframes=0:scenecut=0:log-level=none:repeat-headers=1"
+SPLICED = {
+    "cavlc.mkv": ("libx264", [{"x264-params": f"{CAVLC}:qp={qp}"} for qp in (10, 22)]),
+    "cabac.mkv": ("libx264", [{"x264-params": f"{CABAC}:qp={qp}"} for qp in (10, 22)]),
+    "hevc.mkv": (
+        "libx265",
+        [{"x265-params": f"{HEVC}:{sign}"} for sign in ("sign-hide=1", "sign-hide=0:qp=20")],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SPLICED))
+def test_a_film_that_goes_on_with_other_parameter_sets(tmp_path, monkeypatch, name):
+    """From there on the container's own lead to other pictures, or to none."""
+    codec, options = SPLICED[name]
+    path = write_spliced(tmp_path / name, COUNT // 2, codec=codec, options=options)
+    sought_any = False
+    for interval in INTERVALS:
+        one_pass, _ = load(path, interval, monkeypatch, seek=False)
+        sought, outcomes = load(path, interval, monkeypatch, seek=True)
+        np.testing.assert_array_equal(sought.frames, one_pass.frames)
+        np.testing.assert_array_equal(sought.frame_times, one_pass.frame_times)
+        sought_any |= "sought" in outcomes
+    assert sought_any
+    entries = read_timeline(path, "video", Limits()).video.entries
+    assert [entry.order for entry in entries] == [0, 12, 24, 36, 48, 60], "the second half has one, its first"
+
+
+def test_a_start_that_cannot_be_decoded_is_no_damage_of_the_file(tmp_path, monkeypatch):
+    codec, options = SPLICED["cabac.mkv"]
+    path = write_spliced(tmp_path / "a.mkv", COUNT // 2, codec=codec, options=options)
+    expected, _ = load(path, (3.0, 4.0), monkeypatch, seek=False)
+    monkeypatch.setattr(containers.Track, "note_parameter_sets", lambda *args: None)
+    got, outcomes = load(path, (3.0, 4.0), monkeypatch, seek=True)
+    np.testing.assert_array_equal(got.frames, expected.frames)
+    assert outcomes == ["damaged", "from the start"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "options", "count"),
+    [
+        ("mp4", "libx264", {"x264-params": "repeat-headers=1:keyint=5"}, 2),
+        ("mp4", "libx265", {"x265-params": "repeat-headers=1:keyint=5:log-level=none"}, 3),
+        ("avi", "libx264", {"x264-params": "keyint=5"}, 2),
+        ("avi", "mpeg4", {"g": "5"}, 1),
+    ],
+)
+def test_parameter_sets_that_are_repeated_are_the_containers(tmp_path, suffix, codec, options, count):
+    path = write_moving(tmp_path / f"a.{suffix}", 20, codec=codec, codec_options=options)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        name, extradata = context.codec.canonical_name, context.extradata
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    given = seeking.parameter_sets(name, extradata)
+    assert len(given) == count
+    assert seeking.parameter_sets(name, extradata, packets[0]) == given
+    assert sum(seeking.parameter_sets(name, extradata, packet) == given for packet in packets) >= 4
+    assert all(seeking.parameter_sets(name, extradata, packet) <= given for packet in packets)
+
+
+@pytest.mark.parametrize("codec", ["h264", "av1"])
+def test_behind_another_header_of_the_container_nothing_is_an_entry(codec):
+    class Packet(bytes):
+        changes = False
+
+        def has_sidedata(self, kind: str) -> bool:
+            return self.changes and kind == "new_extradata"
+
+    key = Packet(b"\0\0\1\x65\1" if codec == "h264" else b"\x12\0\x0a\2\0\0\x32\1\x10")
+    track = containers.Track(0, codec)
+    track.note_parameter_sets(key)
+    assert track.may_enter(key, 0.0)
+    key.changes = True
+    track.note_parameter_sets(key)
+    assert not track.may_enter(key, 1.0)
+
+
 def load(path, interval, monkeypatch, *, seek: bool):
     """What a decoder that always seeks, or never does, gives; and what became of its runs."""
     outcomes = []
@@ -97,6 +175,9 @@ def load(path, interval, monkeypatch, *, seek: bool):
             chosen = decode_runs(path, kind, track, runs, *args, **options)
         except LandedElsewhereError:
             outcomes.append("landed elsewhere")
+            raise
+        except MediaError:
+            outcomes.append("damaged")
             raise
         outcomes.append("sought" if any(run.entry for run in runs) else "from the start")
         return chosen
@@ -302,3 +383,6 @@ def test_any_bytes_are_judged_without_an_error(codec):
             data, extra = rng.bytes(size), rng.bytes(int(rng.integers(0, 30)))
             assert seeking.starts_afresh(codec, b"\1" + extra, data) in (True, False)
             assert seeking.starts_afresh(codec, extra, b"\0\0\1" + data) in (True, False)
+            for header in (b"\1" + extra, extra, b"\0\0\1" + extra):
+                assert isinstance(seeking.parameter_sets(codec, header), frozenset)
+                assert isinstance(seeking.parameter_sets(codec, header, data), frozenset)

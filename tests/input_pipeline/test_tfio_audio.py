@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import sys
 import time
@@ -112,6 +113,24 @@ def test_a_crash_costs_its_own_file_alone(fake: TfioAudio, tmp_path: Path) -> No
     assert caught.value.stage == "crash"
     assert process_id(fake) != before
     assert len(fake(two_seconds(tmp_path / "good.wav"))[0]) == 32_000
+
+
+def test_a_process_that_was_killed_while_idle_costs_no_file(fake: TfioAudio, tmp_path: Path) -> None:
+    path = two_seconds(tmp_path / "good.wav")
+    before = int(process_id(fake))
+    os.kill(before, signal.SIGKILL)
+    assert len(fake(path)[0]) == 32_000
+    assert process_id(fake) != str(before)
+
+
+def test_a_broken_environment_is_no_fault_of_the_file(fake: TfioAudio, tmp_path: Path) -> None:
+    path = two_seconds(tmp_path / "good.wav")
+    process = int(process_id(fake))
+    tfio_audio.WORKER.write_text("raise SystemExit('no library')", encoding="utf-8")
+    os.kill(process, signal.SIGKILL)
+    with pytest.raises(UserError, match="no library.*--make-tfio-venv") as caught:
+        fake(path)
+    assert not isinstance(caught.value, MediaError)
 
 
 def test_a_file_that_hangs_is_ended(fake: TfioAudio, tmp_path: Path) -> None:

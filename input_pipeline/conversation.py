@@ -120,8 +120,8 @@ class DoesNotFit(UserError):
     def __init__(self, sample_id: str, plan: TokenPlan):
         self.sample_id, self.plan = sample_id, plan
         super().__init__(
-            f"sample {sample_id!r} does not fit: {plan}. Raise text.max_length to at least {plan.total}, "
-            "ask for fewer frames or media tokens, or shorten the text"
+            f"sample {sample_id!r} does not fit: {plan}. Raise the text length (text.max_length, or the stage's "
+            f"max_length) to at least {plan.total}, ask for fewer frames or media tokens, or shorten the text"
         )
 
     def __reduce__(self) -> tuple[type[DoesNotFit], tuple[str, TokenPlan]]:

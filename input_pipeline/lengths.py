@@ -2,7 +2,7 @@
 
 The lengths lie beside the records, in `<records>/lengths/<fingerprint>.npy`; the fingerprint covers all that
 they depend on: the records, which of their samples, the tokenizer, template, system text, number of media
-tokens and the limit.
+tokens, the limit, and what the code makes of a few conversations.
 """
 
 from __future__ import annotations
@@ -36,14 +36,25 @@ NAMED = 8  # So many samples are named where some do not fit.
 SHOWN_FROM = 10_000  # From so many samples on there is something to wait for.
 PART = 20_000  # Samples that a process counts at a time: some ten seconds, of which its start takes two.
 OVERSIZE = ("error", "leave_out")
+# To be raised when lengths come to mean something else, or are counted otherwise in a way that no probe shows.
+LENGTHS_VERSION = 1
 # Encoded for the fingerprint: a template's code may change while its fields stay. A template without questions takes the
 # caption.
 CAPTION = ({"from": "human", "value": "<video>"}, {"from": "gpt", "value": "A bell (B)"})
-PROBE = (
-    {"from": "human", "value": "At 00:01,\nwhat is heard?"},
-    {"from": "gpt", "value": "A bell (B)"},
-    {"from": "human", "value": "\nAnd seen?"},
-    {"from": "gpt", "value": "Nothing."},
+PROBES = (
+    (
+        {"from": "human", "value": "At 00:01,\nwhat is heard?"},
+        {"from": "gpt", "value": "A bell (B)"},
+        {"from": "human", "value": "\nAnd seen?"},
+        {"from": "gpt", "value": "Nothing."},
+    ),
+    (
+        {"from": "system", "value": " Listen.\n"},
+        {"from": "human", "value": "Look: <video> what\n is it?"},
+        {"from": "gpt", "value": " A bell "},
+        {"from": "human", "value": "Where?"},
+        {"from": "gpt", "value": "There"},
+    ),
 )
 
 
@@ -165,17 +176,28 @@ _NUMBER = re.compile(r"\d+")
 
 
 def _fingerprint(source: SourceIndex, builder: SampleBuilder) -> str:
-    turns = PROBE if builder.template.keeps_questions else CAPTION
-    probe = dataclasses.replace(builder, max_length=10**9).encode({"id": "probe", "conversations": turns})
+    probes = PROBES if builder.template.keeps_questions else (CAPTION,)
     parts = [
+        LENGTHS_VERSION,
         source.digest,
-        hashlib.sha256(source.offsets.tobytes()).hexdigest(),
+        source.selection,
         hashlib.sha256(builder.tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
         [repr(builder.template), builder.system, builder.prompt],
         [builder.num_media_tokens, builder.max_length, builder.spec.max_intervals],
-        [probe.tokens.tolist(), probe.loss_mask.tolist()],
+        [_probe(builder, turns) for turns in probes],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _probe(builder: SampleBuilder, turns: Sequence[Mapping[str, str]]) -> list[Any]:
+    """What becomes of a conversation, whole and where its last round does not fit."""
+    sample = {"id": "probe", "conversations": turns}
+    whole = dataclasses.replace(builder, max_length=10**9).encode(sample)
+    found = [whole.tokens.tolist(), whole.loss_mask.tolist()]
+    if whole.rounds > 1 and not builder.prompt:  # A prompt loses no rounds.
+        cut = dataclasses.replace(builder, max_length=len(whole.tokens) - 1).encode(sample)
+        found += [len(cut.tokens), cut.rounds, cut.dropped_rounds]
+    return found
 
 
 def _read(path: Path, count: int) -> np.ndarray | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.lengths import measure
 from input_pipeline.mixture import Mixture, SourceConfig, open_mixture
+from input_pipeline.records import LENGTHS, SAMPLES
 from input_pipeline.schedule import Plan, RowPlan, make_plan
 from input_pipeline.spec import TEXT_KEYS, Batch, check_batch
 from input_pipeline.transforms.sample import Row, SampleBuilder
@@ -42,15 +42,20 @@ class ReadSample:
 
     def __call__(self, number: int) -> Row:
         if number >= len(self.mixture):
-            return self.builders[0].padding_row()
+            return self.padding
         source, within = self.mixture.locate(number)
         index = self.mixture.sources[source]
         try:
             data = index.reader[int(index.records[within])]
             return self.builders[source](data, int(index.samples[within]))
         except UserError as error:
-            error.add_note(f"while reading sample {within} of {index.config.records}")
-            raise
+            # Not a note: Grain adds its own, which say nothing to a user.
+            raise UserError(f"{index.config.records}, sample {within}: {error}") from error
+
+    @functools.cached_property
+    def padding(self) -> Row:
+        """The same row for all: as large as any other, and nobody writes into it."""
+        return self.builders[0].padding_row()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +106,24 @@ class ReadRow:
         samples = [self.read(number) for number in planned.numbers]
         for number, row, tokens in zip(planned.numbers, samples, planned.tokens, strict=True):
             if row.plan.total != tokens:
-                source, within = self.read.mixture.locate(number)
-                raise UserError(
-                    f"sample {row.sample.get('id')!r} takes {row.plan.total} tokens, but {tokens} were planned for "
-                    f"it: samples.jsonl of {self.read.mixture.sources[source].config.records} does not belong to "
-                    f"its records (sample {within}); prepare them again"
-                )
-        full = self.clips_per_row == 1
-        empty = None if full else self.read.builders[0].padding_row()
+                raise UserError(self._other_length(number, row, tokens))
+        empty = None if self.clips_per_row == 1 else self.read.padding
         return pack_row(samples, empty, self.clips_per_row, planned.length)
+
+    def _other_length(self, number: int, row: Row, planned: int) -> str:
+        source, within = self.read.mixture.locate(number)
+        index = self.read.mixture.sources[source]
+        records = index.config.records
+        if index.line(within)["conversations"] == row.sample["conversations"]:
+            remedy = f"the lengths in {records}/{LENGTHS} are out of date; delete that folder"
+        else:
+            remedy = (
+                f"{records}/{SAMPLES} does not belong to its records; prepare them again with --overwrite"
+            )
+        return (
+            f"sample {row.sample.get('id')!r} (number {within} of {records}) takes {row.plan.total} tokens, but {planned} "
+            f"were planned for it: {remedy}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +181,17 @@ def stack_rows(rows: Sequence[PackedRow]) -> Rows:
     )
 
 
+def _apart(rows: Rows) -> tuple[Batch, Rows]:
+    """The arrays beside all the rest: Grain hands those of a tuple or dict over in shared memory and pickles what it
+    does not know, Rows among it.
+    """
+    return rows.batch, dataclasses.replace(rows, batch={})
+
+
+def _joined(parts: tuple[Batch, Rows]) -> Rows:
+    return dataclasses.replace(parts[1], batch=parts[0])
+
+
 def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
     if batch_size % process_count:
         raise UserError(f"batch_size {batch_size} does not divide among {process_count} processes")
@@ -191,11 +216,14 @@ def make_dataset(
     return rows.map(read).batch(local, batch_fn=stack_rows)
 
 
-def _iterate(dataset: grain.MapDataset[Rows], threads: int, workers: int) -> grain.DatasetIterator[Rows]:
+def _iterate(
+    dataset: grain.MapDataset[Rows], threads: int, workers: int
+) -> grain.DatasetIterator[tuple[Batch, Rows]]:
+    """Batches as `_apart` gives them."""
     # A few finished batches ahead of the step; a deeper buffer only costs memory (16 frames of 384² are 7 MB
     # a row).
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads) if threads else 0)
-    batches = dataset.to_iter_dataset(options)
+    batches = dataset.map(_apart).to_iter_dataset(options)
     if workers:
         from absl import flags
 
@@ -217,11 +245,10 @@ class Loader:
         oversize: see `measure`.
         seed: of the order.
         shuffle: False keeps the order of the records.
-        start_batch: number of the first batch to give out; seeking is O(1).
         process_index, process_count: which share of the global batch is ours.
         threads: reading threads; 0 reads in the caller's.
         workers: worker processes; 0 for none. They start anew, so a script that uses them must guard its
-            start with `if __name__ == "__main__"`.
+            start with `if __name__ == "__main__"`. Their batches wait in shared memory (/dev/shm), a few of each.
 
     Attributes:
         mixture: of what fits.
@@ -246,7 +273,6 @@ class Loader:
         oversize: str = "error",
         seed: int = 0,
         shuffle: bool = True,
-        start_batch: int = 0,
         process_index: int = 0,
         process_count: int = 1,
         threads: int = DEFAULT_THREADS,
@@ -274,8 +300,8 @@ class Loader:
             self.plan, builder, process_index=process_index, process_count=process_count
         )
         self._threads, self._workers = threads, workers
-        self._next_batch = start_batch
-        self._iterator: grain.DatasetIterator[Rows] | None = None
+        self._next_batch = 0
+        self._iterator: grain.DatasetIterator[tuple[Batch, Rows]] | None = None
         self._closed = False
 
     @property
@@ -299,7 +325,7 @@ class Loader:
             raise ValueError("the loader is closed")
         if self._iterator is None:
             self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
-        rows = next(self._iterator)
+        rows = _joined(next(self._iterator))
         length = self.plan.row(self._next_batch, 0).length
         check_batch(
             rows.batch,
@@ -313,7 +339,7 @@ class Loader:
         return rows
 
     def seek(self, batch: int) -> None:
-        """The next batch given out is number `batch`."""
+        """The next batch given out is number `batch`; O(1)."""
         self._stop()
         self._next_batch = batch
 
@@ -396,11 +422,7 @@ class Loader:
 
     @functools.cached_property
     def _fingerprint(self) -> str:
-        identity = self.plan.identity()
-        if any(self.left_out.values()):
-            kept = [hashlib.sha256(source.offsets.tobytes()).hexdigest() for source in self.mixture.sources]
-            identity += ["left out", kept]
-        return self.mixture.fingerprint(self.batch_size, *identity)
+        return self.mixture.fingerprint(self.batch_size, *self.plan.identity())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at a saved position.
@@ -464,7 +486,7 @@ def iter_eval(
     rows = numbers[process_index::process_count].map(_make_reader(mixture, builder)).map(_as_row)
     iterator = _iterate(rows.batch(local, batch_fn=stack_rows), threads, workers=0)
     try:
-        yield from iterator
+        yield from map(_joined, iterator)
     finally:
         iterator.close()
 

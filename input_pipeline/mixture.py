@@ -22,7 +22,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from input_pipeline.errors import UserError
-from input_pipeline.records import SAMPLES, RecordReader
+from input_pipeline.records import SAMPLES, RecordError, RecordReader
 from input_pipeline.spec import FeatureShapes, MediaSpec
 
 MODALITIES = ("video", "audio")
@@ -93,6 +93,12 @@ class SourceIndex:
         """See `RecordReader.digest`."""
         return self.reader.digest
 
+    @functools.cached_property
+    def selection(self) -> str:
+        """sha256 of which samples these are, and of where their lines stand. The manifest says nothing of samples.jsonl."""
+        arrays = (self.records, self.samples, self.offsets)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
     def line(self, number: int) -> dict:
         """The sample's line of samples.jsonl, read from disk."""
         with open(os.path.join(self.config.records, SAMPLES), "rb") as file:
@@ -131,14 +137,21 @@ def open_source(config: SourceConfig, spec: MediaSpec | None = None, name: str =
         UserError: the folder holds no records, or records prepared for another MediaSpec (see
             `RecordReader`), or no sample that `config` wants. The message names folder, field, both values
             and the remedy.
+        RecordError: samples.jsonl is damaged, or not the one that belongs to the manifest.
     """
     reader = RecordReader(config.records, spec)
     records, samples, offsets = array.array("i"), array.array("i"), array.array("q")
     offset = total = 0
     tasks_seen = set()
-    with open(os.path.join(config.records, SAMPLES), "rb") as file:
+    path = os.path.join(config.records, SAMPLES)
+    with open(path, "rb") as file:
         for raw in file:
-            line = json.loads(raw)
+            try:
+                line = json.loads(raw)
+            except ValueError as error:
+                raise RecordError(
+                    f"{path}: line {total + 1} cannot be read ({error}); copy it again or prepare again"
+                ) from None
             tasks_seen.add(line.get("task"))
             if _is_wanted(line, config):
                 records.append(line["record"])
@@ -146,6 +159,10 @@ def open_source(config: SourceConfig, spec: MediaSpec | None = None, name: str =
                 offsets.append(offset)
             offset += len(raw)
             total += 1
+    if total != (expected := reader.manifest["counts"]["samples"]):
+        raise RecordError(
+            f"{path} has {total} lines, manifest.json says {expected}; copy it again or prepare again"
+        )
     if not records:
         raise UserError(
             f"{config.records} has {total} samples but none of tasks {list(config.tasks) or 'any'} "
@@ -356,7 +373,13 @@ class Mixture:
             more: JSON values of what else the order depends on.
         """
         parts = [
-            [source.digest, source.config.tasks, source.config.modalities, source.config.weight]
+            [
+                source.digest,
+                source.selection,
+                source.config.tasks,
+                source.config.modalities,
+                source.config.weight,
+            ]
             for source in self.sources
         ]
         text = json.dumps([parts, self.seed, self.shuffle, batch_size, *more])

@@ -28,14 +28,7 @@ def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(FEATURE_DTYPE)
 
 
-def write_features(
-    folder: Path,
-    records: str,
-    *,
-    video: bool = True,
-    audio: bool = True,
-    options: str = "group_size:1,uncompressed",
-) -> str:
+def write_features(folder: Path, records: str, *, video: bool = True, audio: bool = True) -> str:
     """Features drawn by the record's number in place of the media of `records`."""
     reader = RecordReader(records)
 
@@ -52,7 +45,7 @@ def write_features(
         **({"audio": {"shape": AUDIO}} if audio else {}),
     }
     with WorkingFolder(folder, "test") as work:
-        entry = write_shard(work.path, 0, 1, map(encoded, range(len(reader))), options=options)
+        entry = write_shard(work.path, 0, 1, map(encoded, range(len(reader))))
         finish_records(work.path, reader.spec, [entry], plan="test", manifest_lines=1, features=section)
         work.put_in_place()
     return str(folder)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from input_pipeline import conversation as conversation_lib
 from input_pipeline import lengths as lengths_lib
 from input_pipeline.conversation import ChatMLTemplate, PlainTemplate, find_media_token_id
 from input_pipeline.errors import UserError
@@ -18,6 +20,7 @@ from input_pipeline.loader import Loader
 from input_pipeline.media import LoadedMedia
 from input_pipeline.mixture import SourceConfig, open_mixture, open_source
 from input_pipeline.records import LENGTHS, SAMPLES, encode_record
+from input_pipeline.transforms import sample as sample_lib
 from input_pipeline.transforms.sample import SampleBuilder
 from input_pipeline.working_folder import WorkingFolder
 from tests.record_folder import write_folder
@@ -120,6 +123,25 @@ def test_whatever_they_depend_on_makes_others(source, builder, tokenizer, spec, 
     assert len(list((Path(source.config.records) / LENGTHS).iterdir())) == len(changed) + 1
 
 
+def test_code_that_treats_conversations_otherwise_makes_others(source, builder, monkeypatch) -> None:
+    opening, encode = ChatMLTemplate.opening, sample_lib.encode_conversation
+    changed = (
+        (ChatMLTemplate, "opening", lambda self, system: opening(self, system and system.strip())),
+        (conversation_lib, "_PLACEHOLDER", re.compile("<nothing>")),
+        (
+            sample_lib,
+            "encode_conversation",
+            lambda *args, max_length, **more: encode(*args, max_length=max_length + 1, **more),
+        ),
+    )
+    found = {lengths_lib._fingerprint(source, builder)}
+    for number, (where, name, value) in enumerate(changed, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, value)
+            found.add(lengths_lib._fingerprint(source, builder))
+        assert len(found) == number, name
+
+
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", None])
 def test_a_damaged_file_is_replaced(source, builder, damage) -> None:
     found = find_lengths(source, builder)
@@ -207,8 +229,23 @@ def test_records_that_are_not_those_of_the_lengths_are_refused(source, builder) 
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = SourceConfig(source.config.records, tasks=("short",))
     with Loader({"mine": config}, builder, batch_size=9) as loader:
-        with pytest.raises(UserError, match="sample 'n3' takes .* were planned for it.*prepare them again"):
+        told = rf"'n3' \(number 3 of {config.records}\) takes .* planned for it: .*{SAMPLES} does not .*--overwrite"
+        with pytest.raises(UserError, match=told):
             next(loader)
+
+
+def test_lengths_that_are_out_of_date_are_told_by_their_folder(source, builder, monkeypatch) -> None:
+    """As another version of this program may have left them: the text is the records', its lengths are not."""
+    short = SourceConfig(source.config.records, tasks=("short",))
+    find_lengths(open_source(short), builder)
+    (kept,) = (Path(source.config.records) / LENGTHS).iterdir()
+    np.save(kept, np.load(kept) + np.array([[1], [0], [0]], np.int32))
+    with Loader({"mine": short}, builder, batch_size=9) as loader:
+        with pytest.raises(UserError, match=f"{kept.parent} are out of date; delete that folder"):
+            next(loader)
+    monkeypatch.setattr(lengths_lib, "LENGTHS_VERSION", 0)
+    with Loader({"mine": short}, builder, batch_size=9) as loader:
+        next(loader)
 
 
 def test_nothing_is_left_behind_by_a_write_that_fails(source, builder, monkeypatch) -> None:

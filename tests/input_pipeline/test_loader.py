@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,10 +43,10 @@ def sources(tmp_path_factory, make_records) -> list[SourceConfig]:
     ]
 
 
-def _take(count: int, sources, builder, **kwargs) -> tuple[list[dict], list[list[str]]]:
+def _take(count: int, sources, builder, *, first: int = 0, **kwargs) -> tuple[list[dict], list[list[str]]]:
     kwargs = {"batch_size": 4, "seed": 7, **kwargs}
     with Loader(sources, builder, **kwargs) as loader:
-        first = loader.next_batch
+        loader.seek(first)
         batches = [next(loader) for _ in range(count)]
         return batches, [loader.sample_ids(n) for n in range(first, first + count)]
 
@@ -119,7 +121,7 @@ def test_resume_at_any_step_gives_the_same_batches(sources, builder, threads, mo
         with Loader(sources, builder, batch_size=4, seed=7, **options) as loader:
             loader.restore(state)
             _assert_equal([next(loader) for _ in range(9 - step)], expected[step:])
-        batches, _ = _take(9 - step, sources, builder, start_batch=step, **options)
+        batches, _ = _take(9 - step, sources, builder, first=step, **options)
         _assert_equal(batches, expected[step:])
 
 
@@ -143,7 +145,7 @@ def test_one_row_a_process(sources, builder, count):
 
 def test_seeking_is_free_of_what_lies_before(sources, builder):
     far = 10**9
-    batches, ids = _take(2, sources, builder, start_batch=far)
+    batches, ids = _take(2, sources, builder, first=far)
     with Loader(sources, builder, batch_size=4, seed=7) as loader:
         next(loader)
         loader.seek(far + 1)
@@ -217,8 +219,27 @@ def test_batch_that_does_not_divide_among_processes(sources, builder):
 )
 def test_worker_processes_keep_the_order(sources, builder, workers, mode):
     expected, _ = _take(6, sources, builder, **MODES[mode])
-    batches, _ = _take(5, sources, builder, workers=workers, threads=1, start_batch=1, **MODES[mode])
+    batches, _ = _take(5, sources, builder, workers=workers, threads=1, first=1, **MODES[mode])
     _assert_equal(batches, expected[1:])
+
+
+def test_worker_processes_hand_over_in_shared_memory(sources, builder):
+    with Loader(sources, builder, batch_size=4, seed=7, workers=1, threads=0) as loader:
+        rows = loader.next_rows()
+        assert len(rows.samples) == 4
+        for key, array in rows.batch.items():
+            assert type(array).__name__ == "SharedMemoryArray", key
+
+
+def test_slots_that_are_left_share_one_padding_row(sources, builder, monkeypatch):
+    made = []
+    padding_row = SampleBuilder.padding_row
+    monkeypatch.setattr(SampleBuilder, "padding_row", lambda self: made.append(1) or padding_row(self))
+    with Loader(sources, builder, batch_size=2, seed=7, pack=3, threads=0) as loader:
+        first = [{key: array.copy() for key, array in next(loader).items()} for _ in range(5)]
+        loader.seek(0)
+        _assert_equal([next(loader) for _ in range(5)], first)
+    assert len(made) == 1
 
 
 def test_batches_of_a_bucket_are_as_long_as_it_is(sources, builder):
@@ -346,6 +367,15 @@ def test_question_without_times_asks_about_the_whole(sources, builder):
     assert row.arrays["intervals"][0].tolist() == [0.0, 2.0]
     image = {**record, "duration": np.float32(0)}
     assert prompt.build(image, sample).arrays["intervals"][0].tolist() == [0.0, 0.0]
+
+
+def test_a_sample_that_cannot_be_read_is_told_with_its_folder(sources, builder, tmp_path):
+    folder = Path(shutil.copytree(sources[0].records, tmp_path / "r"))
+    (shard,) = folder.glob("*.array_record")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with Loader([SourceConfig(str(folder))], builder, batch_size=1, shuffle=False) as loader:
+        with pytest.raises(UserError, match=f"^{folder}, sample 0: .*the shard is damaged"):
+            next(loader)
 
 
 def test_closed_loader_says_so(sources, builder):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import pickle
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,7 @@ from input_pipeline.mixture import (
     open_source,
     shuffled,
 )
+from input_pipeline.records import SAMPLES, RecordError
 from input_pipeline.spec import MediaSpec
 
 
@@ -185,6 +188,28 @@ def test_epochs_as_a_whole_are_the_positions_one_by_one(folders, shuffle):
         mixture.at(position) for position in range(length - 3, 3 * length + 2)
     ]
     assert mixture.numbers(5, 5).tolist() == []
+
+
+def test_samples_jsonl_that_is_cut_short_is_told(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["a"], tmp_path / "a"))
+    path = folder / SAMPLES
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:6]))
+    with pytest.raises(RecordError, match=f"{path} has 6 lines, manifest.json says 10; .*prepare again"):
+        open_source(SourceConfig(str(folder)))
+    path.write_bytes(b"".join(lines[:6]) + lines[6][:-20])
+    with pytest.raises(RecordError, match=f"{path}: line 7 cannot be read .*prepare again"):
+        open_source(SourceConfig(str(folder)))
+
+
+def test_fingerprint_sees_which_samples_the_lines_name(folders, tmp_path):
+    folder = Path(shutil.copytree(folders["a"], tmp_path / "a"))
+    mixtures = [open_mixture([SourceConfig(str(folder))])]
+    lines = (folder / SAMPLES).read_bytes().splitlines(keepends=True)
+    assert len(set(map(len, lines))) == 1  # Where the lines stand stays as it is.
+    (folder / SAMPLES).write_bytes(b"".join(reversed(lines)))
+    mixtures.append(open_mixture([SourceConfig(str(folder))]))
+    assert mixtures[0].fingerprint(4) != mixtures[1].fingerprint(4)
 
 
 def test_fingerprint_follows_what_the_order_depends_on(folders):

@@ -296,9 +296,9 @@ def _finish(reader: RecordReader, work: WorkingFolder, section: dict[str, Any], 
 
 
 def all_records(config: ConfigDict) -> list[str]:
-    """Folders of records of all stages that a configuration runs, each once."""
-    named = [source.records for name in config.stages for source in config.stage[name].sources.values()]
-    return list(dict.fromkeys(named))
+    """Folders of records of all stages that a configuration runs, each once; sources of weight 0 are left out."""
+    sources = [source for name in config.stages for source in config.stage[name].sources.values()]
+    return list(dict.fromkeys(source.records for source in sources if source.get("weight", 1.0)))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

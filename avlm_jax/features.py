@@ -82,37 +82,54 @@ def check_features(assembly: Assembly, reader: RecordReader) -> None:
             )
 
 
+def cached_in(reader: RecordReader) -> list[str]:
+    """Modalities that a folder of records holds as features."""
+    return [name for name in FIELDS if getattr(reader.features, name) is not None]
+
+
 def open_features(
-    assembly: Assembly, name: str, sources: Mapping[str, SourceConfig], learnt: Collection[str]
+    assembly: Assembly,
+    name: str,
+    sources: Mapping[str, SourceConfig],
+    learnt: Collection[str],
+    *,
+    beside: bool,
 ) -> tuple[dict[str, SourceConfig], tuple[str, ...]]:
-    """A stage's sources with the folders of features in place of those of records, and which encoders then have no input.
+    """The sources that a stage reads, checked where they hold features, and which encoders then have no input.
 
     Args:
         assembly: of the run.
         name: of the stage, for messages.
-        sources: by name, with folders of records.
+        sources: by name; those of weight 0 are left out.
         learnt: paths of all parameters that this stage or one before it trains.
+        beside: read the features that lie beside the sources' records in place of these.
 
     Raises:
         ConfigError: features are missing or not of this configuration's encoders, or an encoder whose features stand in
             is not frozen.
+        RecordError: a folder cannot be used.
     """
-    found, idle = {}, set(FIELDS)
+    found, cached = {}, []
     for key, source in sources.items():
-        folder = features_folder(source.records)
-        if not (Path(folder) / MANIFEST).exists():
+        if not source.weight:
+            continue
+        folder = features_folder(source.records) if beside else source.records
+        if beside and not (Path(folder) / MANIFEST).exists():
             raise ConfigError(
                 f"stage {name} reads features (config.stage.{name}.features), and there are none in {folder}; make them "
                 f"with `avlm cache-features --records {source.records}` and the same --config"
             )
         reader = RecordReader(folder, assembly.system.spec)
-        if not set(FIELDS) & reader.manifest.get("features", {}).keys():
+        if beside and not cached_in(reader):
             raise ConfigError(
                 f"{folder} holds records without features; remove it and run `avlm cache-features`"
             )
-        check_features(assembly, reader)
-        idle &= reader.manifest["features"].keys()
+        if cached_in(reader):
+            check_features(assembly, reader)
         found[key] = dataclasses.replace(source, records=folder)
+        cached.append(set(cached_in(reader)))
+    # Sources that do not come alike are the loader's to refuse.
+    idle = set.intersection(*cached) if cached else set()
     parts = tuple(assembly.system.encoders[modality].part for modality in FIELDS if modality in idle)
     check_frozen(parts, learnt, f"stage {name}")
     return found, parts
@@ -120,7 +137,7 @@ def open_features(
 
 def check_readable(assembly: Assembly, reader: RecordReader) -> None:
     """Raises ConfigError if a folder of records holds features that are not those of a trained model's encoders."""
-    cached = [name for name in FIELDS if name in reader.manifest.get("features", {})]
+    cached = cached_in(reader)
     if not cached:
         return
     check_features(assembly, reader)

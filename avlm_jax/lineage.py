@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, check_weights
@@ -14,6 +18,7 @@ from avlm_jax.checkpoint import load_tree
 from avlm_jax.config import ConfigError, config_to_json
 from avlm_jax.lora import retire
 from avlm_jax.state import Tree
+from input_pipeline.errors import UserError
 
 
 def load_parent(
@@ -111,6 +116,32 @@ def check_same_model(
         raise ConfigError(
             f"{where} was trained as another model ({told}); use its configuration, or train it again"
         )
+
+
+def check_same_plan(name: str, plan: Mapping[str, Any]) -> None:
+    """Compares between the processes what each is going to train on; every process calls it, and one alone is content.
+
+    Args:
+        name: of the stage, for messages.
+        plan: JSON values: the loader's state, the steps.
+
+    Raises:
+        UserError: in every process, naming those whose plan is not process 0's.
+    """
+    if jax.process_count() > 1:
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).digest()
+        digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+        if others := differing(digests):
+            raise UserError(
+                f"stage {name}: processes {', '.join(map(str, others))} would train on other data than process 0 (this is "
+                f"process {jax.process_index()}: {json.dumps(dict(plan))}). Records, tokenizer and configuration must be "
+                "the same on every host; copy them again from one, or let all name one shared folder"
+            )
+
+
+def differing(digests: np.ndarray) -> list[int]:
+    """Processes whose row of uint8 [p k] is not process 0's."""
+    return np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
 
 
 def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:

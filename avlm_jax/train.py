@@ -39,7 +39,13 @@ from avlm_jax.config import (
     to_dataclass,
 )
 from avlm_jax.features import open_features
-from avlm_jax.lineage import check_finished, check_parent, check_same_config, load_parent
+from avlm_jax.lineage import (
+    check_finished,
+    check_parent,
+    check_same_config,
+    check_same_plan,
+    load_parent,
+)
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
 from avlm_jax.prefetch import Prefetch
@@ -58,6 +64,8 @@ from avlm_jax.writer import Console, MetricsWriter
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig
+
+NAMED = 8  # So many samples of a step that failed are named.
 
 Step = Callable[[TrainState, Tree, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]
 
@@ -136,15 +144,15 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
-    builder = assembly.builder(max_length=stage.max_length, stage=name)
+    builder = assembly.of_stage(name).builder(max_length=stage.max_length)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
-    sources, idle = stage.sources, ()
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
     except ValueError as error:  # A pattern that fits nothing.
         raise ConfigError(f"stage {name}: {error}") from error
-    if stage.features:
-        sources, idle = open_features(assembly, name, sources, {**flatten(learnt or {}), **trained})
+    sources, idle = open_features(
+        assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
+    )
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
@@ -161,6 +169,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     )
     # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
     total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
+    check_same_plan(name, {**loader.state(), "steps": total})
     mesh = make_mesh(**config.mesh)
     try:
         params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained, without=idle)
@@ -245,10 +254,12 @@ def loop(
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         pending = None
         if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+            ids = loader.sample_ids(number - 1, whole=True)
+            more = f" ({NAMED} of {len(ids)})" if len(ids) > NAMED else ""
             raise TrainingError(
                 f"stage {name}, step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. The samples of "
-                f"that step: {', '.join(loader.sample_ids(number - 1)[:8])} ...; lower config.stage.{name}.optim.lr or "
-                "remove the sample, then start the same command again"
+                f"that step: {', '.join(ids[:NAMED])}{more}; lower config.stage.{name}.optim.lr or remove the sample, "
+                "then start the same command again"
             )
         if number % config.log_every == 0 or number == total:
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.checkpoint import METADATA_FILE
 from avlm_jax.config import apply_overrides, enable_compilation_cache, load_config
-from avlm_jax.generate import Generator, checkpoint_config, load_model
+from avlm_jax.generate import Generator, checkpoint_config, checkpoint_stage, load_model
 from input_pipeline.conversation import DoesNotFit, TokenPlan
 from input_pipeline.errors import UserError
 from input_pipeline.media import LoadedMedia, load_media
@@ -197,7 +197,9 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = Path(args.checkpoint)
     trained = resolve_config(checkpoint, args.config, args.config_overrides, args.show_plan)
     config = apply_overrides(trained, check_frames(trained, args.frames))
-    assembly = assemble(config)
+    # A plan needs no checkpoint; where there is one, what it was trained with counts.
+    stage = checkpoint_stage(checkpoint) if (checkpoint / METADATA_FILE).is_file() else ""
+    assembly = assemble(config, stage)
     refuse_other_frames(trained, assembly, args.video, args.question)
     question = prepare_question(assembly, args.video, args.question)
     print(describe_question(args.video, question), flush=True)

@@ -86,34 +86,36 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A configuration's tokenizer and system; parameters are made by `parameters`."""
+    """A configuration's tokenizer and system; parameters are made by `parameters`.
+
+    Attributes:
+        config, tokenizer, system: what they say.
+        stage: the one that is trained, or that made the checkpoint: its template goes for text, prompts and the tokens
+            that end an answer. Empty: config.text's.
+    """
 
     config: ConfigDict
     tokenizer: PreTrainedTokenizerFast
     system: System
+    stage: str = ""
 
-    def builder(self, *, prompt: bool = False, max_length: int = 0, stage: str = "") -> SampleBuilder:
+    def of_stage(self, stage: str) -> Assembly:
+        """The same as stage `stage` uses it.
+
+        Raises:
+            UserError: there is no such stage, or its template does not fit the tokenizer.
+        """
+        found = dataclasses.replace(self, stage=stage)
+        end_of_turn_id(self.tokenizer, found.template)
+        return found
+
+    def builder(self, *, prompt: bool = False, max_length: int = 0) -> SampleBuilder:
         """What turns a record's sample into arrays for this system.
 
         Args:
             prompt: leave the answer open, for generation.
             max_length: text positions of a row; 0 takes text.max_length.
-            stage: its template, if it has one of its own, takes the place of text.template, with its options and
-                without text.system.
         """
-        text, template = self.text, self.template
-        own = self.config.stage[stage] if stage else {}
-        if own.get("template"):
-            changes = {
-                "template": own["template"],
-                "template_options": own.get("template_options"),
-                "system": None,
-            }
-            text = to_dataclass(TextConfig, {**self.config.text, **changes}, f"stage.{stage}")
-            template = text.make_template(f"stage.{stage}")
-            end_of_turn_id(self.tokenizer, template)
-        elif own.get("template_options") is not None:
-            raise ConfigError(f"stage.{stage}.template_options is set, but stage.{stage}.template is empty")
         return SampleBuilder(
             spec=self.system.spec,
             tokenizer=self.tokenizer,
@@ -121,19 +123,38 @@ class Assembly:
             num_media_tokens=self.system.num_media_tokens,
             max_length=max_length or self.text.max_length,
             prompt=prompt,
-            template=template,
-            system=text.system,
+            template=self.template,
+            system=self.text.system,
         )
 
     @functools.cached_property
     def text(self) -> TextConfig:
-        """The section config.text, checked."""
+        """The section config.text, checked; a template of the stage's own stands in it, without text.system."""
+        if self.stage and self.stage not in self.config.stage:
+            raise ConfigError(
+                f"the configuration has no stage {self.stage!r}, so its chat template is not known; use the one that the "
+                f"checkpoint was trained by (stages: {', '.join(self.config.stage)})"
+            )
+        own = self.config.stage[self.stage] if self.stage else {}
+        if own.get("template"):
+            changes = {
+                "template": own["template"],
+                "template_options": own.get("template_options"),
+                "system": None,
+            }
+            return to_dataclass(TextConfig, {**self.config.text, **changes}, f"stage.{self.stage}")
+        if own.get("template_options") is not None:
+            raise ConfigError(
+                f"stage.{self.stage}.template_options is set, but stage.{self.stage}.template is empty"
+            )
         return to_dataclass(TextConfig, self.config.text, "text")
 
     @functools.cached_property
     def template(self) -> Template:
-        """The chat template that config.text names."""
-        return self.text.make_template()
+        """The chat template that the stage or config.text names."""
+        text = self.text
+        own = self.stage and self.config.stage[self.stage].get("template")
+        return text.make_template(f"stage.{self.stage}" if own else "text")
 
     def abstract_params(self) -> Tree:
         """Shape and dtype of every parameter; nothing is computed."""
@@ -245,17 +266,15 @@ def check_updates(updates: Mapping[str, Any], expected: Mapping[str, Any]) -> No
                 )
 
 
-def assemble(config: ConfigDict) -> Assembly:
-    """Tokenizer and system of a configuration.
+def assemble(config: ConfigDict, stage: str = "") -> Assembly:
+    """Tokenizer and system of a configuration, as `stage` uses them.
 
     Raises:
-        UserError: the tokenizer folder is missing or does not fit text.template; a section of the configuration is wrong.
+        UserError: the tokenizer folder is missing or does not fit the template; a section of the configuration is wrong.
     """
     tokenizer = load_tokenizer(config.text.tokenizer)
     media_token_id = find_media_token_id(tokenizer, config.model.llm.vocab_size)
-    assembly = Assembly(config, tokenizer, build_system(config, media_token_id))
-    end_of_turn_id(tokenizer, assembly.template)  # Raises at once if tokenizer and template do not fit.
-    return assembly
+    return Assembly(config, tokenizer, build_system(config, media_token_id)).of_stage(stage)
 
 
 def load_backbones(config: ConfigDict) -> tuple[dict[str, StoredLeaf], dict[str, LoadReport]]:

@@ -36,7 +36,7 @@ from avlm_jax import model_card, staging
 from avlm_jax.assembly import Assembly, assemble, check_sizes, check_updates, check_weights, open_backbone
 from avlm_jax.checkpoint import CheckpointError, load_tree
 from avlm_jax.config import ConfigError, apply_overrides, config_to_json
-from avlm_jax.generate import checkpoint_config, find_stop_ids
+from avlm_jax.generate import checkpoint_config, find_stop_ids, trained_stage
 from avlm_jax.lora import MERGED, is_lora, retired_updates
 from avlm_jax.models.api import init_params
 from avlm_jax.published import find_lineage, find_reports, find_stage
@@ -140,7 +140,7 @@ def export_model(
     staging.check_out(
         out, [config.init[part] for part in PARTS] + [config.text.tokenizer], overwrite=overwrite
     )
-    export = plan_export(config, learnt, adapter, (metadata or {}).get("weights"))
+    export = plan_export(config, learnt, adapter, metadata)
     staging.check_space(out, export.nbytes, "the export")
     # hashes.json is what makes a folder an export.
     with staging.staged(out, last=(MODEL_CONFIG, HASHES)) as partial:
@@ -171,19 +171,15 @@ def plan_export(
     config: ConfigDict,
     learnt: Mapping[str, Any],
     adapter: bool,
-    weights: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Export:
     """Checks everything and keeps no tensor of the backbones; arguments and errors as `export_model`.
 
-    `weights`: backbone -> sha256 of the `LoadReport` that training noted; None leaves the comparison out.
+    Without "weights" in `metadata` (by backbone, the sha256 that training noted) that comparison is left out.
     """
+    metadata = metadata or {}
     if config.system != MODEL_TYPE:
         raise ExportError(f"config.system is {config.system!r}; only {MODEL_TYPE} can be exported so far")
-    if config.text.template != "chatml":
-        raise ExportError(
-            f"text.template is {config.text.template!r}; {MODELING} lays prompts out as 'chatml' only, so no other "
-            "model can be exported so far"
-        )
     for part in PARTS:
         if not config.init[part]:
             raise ConfigError(
@@ -195,7 +191,15 @@ def plan_export(
                 f"config.init.{part} names the folder {config.init[part]!r}, which does not exist; "
                 f"set --config.init.{part}=DIR"
             )
-    assembly = assemble(config)
+    assembly = assemble(config, trained_stage(metadata))
+    if assembly.text.template != "chatml":
+        key = "text.template"
+        if assembly.stage and config.stage[assembly.stage].get("template"):
+            key = f"stage.{assembly.stage}.template"
+        raise ExportError(
+            f"{key} is {assembly.text.template!r}; {MODELING} lays prompts out as 'chatml' only, so no other model can be "
+            "exported so far"
+        )
     expected = flatten(assembly.abstract_params())
     flat = {path: np.asarray(leaf) for path, leaf in flatten(learnt).items()}
     lora = config.model.llm.lora
@@ -244,7 +248,7 @@ def plan_export(
             )
             for path, leaf in plan.leaves.items()
         }
-    check_weights(weights, assembly.weights, "the stage")
+    check_weights(metadata.get("weights"), assembly.weights, "the stage")
     numbers = {path.split("/")[1] for path in flat if path.startswith(f"{MERGED}/")}
     merged = len(numbers) + (trained and not adapter)
     return Export(assembly, parts, qwen2.read_config(config.init.llm), drawn, merged)
@@ -339,7 +343,7 @@ def _write(
 
 def model_config(export: Export, adapter: bool, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of the whole model."""
-    system, text = export.assembly.system, export.assembly.config.text
+    system, text = export.assembly.system, export.assembly.text
     tokenizer, template = export.assembly.tokenizer, export.assembly.template
     assert isinstance(template, ChatMLTemplate)  # See `plan_export`.
     return {
@@ -361,7 +365,8 @@ def model_config(export: Export, adapter: bool, metadata: Mapping[str, Any]) -> 
         "media_token_id": system.media_token_id,
         "num_media_tokens": system.num_media_tokens,
         "source": {
-            **{key: metadata.get(key) for key in ("stage", "hash", "parent", "weights", "versions")},
+            "stage": trained_stage(metadata) or None,
+            **{key: metadata.get(key) for key in ("hash", "parent", "weights", "versions")},
             "merged_adapters": export.merged,
             "drawn": list(export.drawn),
         },

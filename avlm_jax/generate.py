@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -250,6 +251,25 @@ def checkpoint_config(checkpoint: str | Path) -> ConfigDict:
         raise UserError(f"{folder / CONFIG_FILE} is damaged ({error}); copy the checkpoint again") from error
 
 
+def trained_stage(metadata: Mapping[str, Any]) -> str:
+    """The stage of its configuration that made a checkpoint, by the checkpoint's metadata; empty if that is not known."""
+    # What was exported and imported again is published under another name.
+    return metadata.get("exported", metadata).get("stage") or ""
+
+
+def checkpoint_stage(checkpoint: str | Path) -> str:
+    """`trained_stage` of a published checkpoint; no parameter is read.
+
+    Raises:
+        UserError: its metadata are damaged.
+    """
+    file = Path(checkpoint) / METADATA_FILE
+    try:
+        return trained_stage(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); copy the checkpoint again") from error
+
+
 def load_model(
     checkpoint: str | Path, config: ConfigDict | str | None = None, overrides: Sequence[str] = ()
 ) -> Model:
@@ -269,7 +289,7 @@ def load_model(
         resolved = load_config(config, overrides)
     else:
         resolved = apply_overrides(stored if config is None else config, overrides)
-    assembly = assemble(resolved)
+    assembly = assemble(resolved, checkpoint_stage(folder))
     try:
         learnt, _, metadata = load_tree(folder)
     except (CheckpointError, FileNotFoundError) as error:

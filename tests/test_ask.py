@@ -115,7 +115,7 @@ def test_more_frames_than_fit_are_refused_with_the_plan(
     assert cli.main([*command, "--frames", "90"]) == 2
     error = capsys.readouterr().err
     assert "90 frames + 3 audio windows + 2 time tokens" in error and "of at most 320" in error
-    assert "Raise text.max_length" in error
+    assert "Raise the text length (text.max_length" in error
 
 
 def test_a_global_resampler_takes_any_number_of_frames(
@@ -144,6 +144,19 @@ def test_too_many_times(
     question = "What is heard at 0:01, at 0:02, at 0:03 and at 0:04?"
     assert cli.main(["ask", str(sound), question, "--checkpoint", str(checkpoint()), "--show-plan"]) == 2
     assert "names 4 times" in capsys.readouterr().err
+
+
+def test_the_prompt_is_that_of_the_checkpoints_stage(
+    checkpoint: Callable[..., Path], sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = checkpoint("stage.2b.template=plain", "stage.2b.template_options={'drop_question': True}")
+    command = ["ask", str(sound), "What?", "--show-plan", "--checkpoint"]
+    assert cli.main([*command, str(plain)]) == 0
+    assert (
+        "8 media + 0 text = 8 tokens" in capsys.readouterr().out
+    )  # The question is left out, as in training.
+    assert cli.main([*command, str(checkpoint("stage.1a.template=plain"))]) == 0
+    assert "8 media + 0 text" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_asked(

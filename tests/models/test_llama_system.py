@@ -200,9 +200,13 @@ def test_a_stage_may_have_a_template_of_its_own(make) -> None:
         "text.system=Hear.",
     )
     assembly = make("vicuna", *own)
-    aligned, tuned = assembly.builder(stage="1a"), assembly.builder(stage="1b")
+    stages = assembly.of_stage("1a"), assembly.of_stage("1b")
+    aligned, tuned = (each.builder() for each in stages)
     assert (aligned.template, aligned.system) == (PlainTemplate(drop_question=True), None)
     assert (tuned.template, tuned.system) == (VicunaTemplate(), "Hear.")
+    assert [each.template for each in stages] == [aligned.template, tuned.template]
+    with pytest.raises(ConfigError, match=r"no stage 'x', .*\(stages: 1a, 1b, "):
+        assembly.of_stage("x")
     for wrong, message in (
         (("template=plane",), "stage.1a.template is 'plane'; did you mean 'plain'"),
         (
@@ -215,4 +219,4 @@ def test_a_stage_may_have_a_template_of_its_own(make) -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            make("vicuna", *(f"stage.1a.{override}" for override in wrong)).builder(stage="1a")
+            make("vicuna", *(f"stage.1a.{override}" for override in wrong)).of_stage("1a")

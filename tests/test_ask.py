@@ -146,6 +146,19 @@ def test_too_many_times(
     assert "names 4 times" in capsys.readouterr().err
 
 
+def test_the_prompt_is_that_of_the_checkpoints_stage(
+    checkpoint: Callable[..., Path], sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = checkpoint("stage.2b.template=plain", "stage.2b.template_options={'drop_question': True}")
+    command = ["ask", str(sound), "What?", "--show-plan", "--checkpoint"]
+    assert cli.main([*command, str(plain)]) == 0
+    assert (
+        "8 media + 0 text = 8 tokens" in capsys.readouterr().out
+    )  # The question is left out, as in training.
+    assert cli.main([*command, str(checkpoint("stage.1a.template=plain"))]) == 0
+    assert "8 media + 0 text" not in capsys.readouterr().out
+
+
 def test_what_cannot_be_asked(
     checkpoint: Callable[..., Path], sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -493,20 +493,41 @@ def test_a_stage_needs_features_and_frozen_encoders(
     folders: dict[str, str], assembly: Assembly, tmp_path: Path
 ) -> None:
     source = SourceConfig(folders["video,audio"], modalities=("video",), weight=0.5)
-    sources, idle = open_features(assembly, "2b", {"mine": source}, ["connector/tlp/kernel"])
+    sources, idle = open_features(assembly, "2b", {"mine": source}, ["connector/tlp/kernel"], beside=True)
     (found,) = sources.items()
     assert found == ("mine", SourceConfig(features_folder(source.records), modalities=("video",), weight=0.5))
     assert idle == ("vision", "audio")
-    assert open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["vision/pos_embed"])[
-        1
-    ] == ("audio",)
+    audio = {"mine": SourceConfig(folders["audio"])}
+    assert open_features(assembly, "2b", audio, ["vision/pos_embed"], beside=True)[1] == ("audio",)
     with pytest.raises(ConfigError, match=r"audio/proj/kernel.*features=False"):
-        open_features(assembly, "2b", {"mine": SourceConfig(folders["audio"])}, ["audio/proj/kernel"])
+        open_features(assembly, "2b", audio, ["audio/proj/kernel"], beside=True)
     plain = write_media(tmp_path / "plain", assembly)
     with pytest.raises(
         ConfigError, match=rf"none in {plain}.features.*avlm cache-features --records {plain}"
     ):
-        open_features(assembly, "2b", {"mine": SourceConfig(plain)}, [])
+        open_features(assembly, "2b", {"mine": SourceConfig(plain)}, [], beside=True)
+    # A source of weight 0 may lack them, and even its records.
+    gone = {"gone": SourceConfig(str(tmp_path / "gone"), weight=0)}
+    assert open_features(assembly, "2b", audio | gone, [], beside=True)[0].keys() == {"mine"}
+    assert open_features(assembly, "2b", gone, ["audio/proj/kernel"], beside=True) == ({}, ())
+
+
+def test_features_that_a_stage_names_itself_are_checked_all_the_same(
+    folders: dict[str, str],
+    assembly: Assembly,
+    tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    records = {"mine": SourceConfig(folders["audio"])}
+    assert open_features(assembly, "2b", records, ["audio/proj/kernel"], beside=False) == (records, ())
+    named = {"mine": SourceConfig(features_folder(folders["audio"]))}
+    assert open_features(assembly, "2b", named, [], beside=False) == (named, ("audio",))
+    with pytest.raises(ConfigError, match=r"stage 2b depends on audio/proj/kernel"):
+        open_features(assembly, "2b", named, ["audio/proj/kernel"], beside=False)
+    command = train(tokenizer, features_folder(folders["audio"]), tmp_path / "w", "seed=1")
+    assert cli.main(command) == 2
+    assert "holds features of other weights of audio" in capsys.readouterr().err
 
 
 def test_sources_of_a_stage_must_come_alike(folders: dict[str, str], assembly: Assembly) -> None:
@@ -539,5 +560,7 @@ def test_the_records_of_a_configuration() -> None:
     config = load_config(f"{CONFIG}:size=7b")
     assert all_records(config)[:3] == ["records/lcs558k", "records/panda70m", "records/audiocaps"]
     assert all_records(load_config(f"{CONFIG}:size=demo")) == ["runs/demo/records/train"]
+    left_out = load_config(f"{CONFIG}:size=7b", ["stage.1a.sources.lcs558k.weight=0.0"])
+    assert all_records(left_out)[0] == "records/panda70m"
     switched = load_config(f"{CONFIG}:size=7b,features=true")
     assert all(switched.stage[name].features for name in switched.stage)

@@ -149,7 +149,14 @@ def test_only_chatml_can_be_exported(tiny, tmp_path):
         ExportError, match="text.template is 'plain'; modeling_savenvideo.py .* 'chatml' only"
     ):
         export_model(config, learnt_of(tiny), tmp_path / "out")
+    own = apply_overrides(tiny.config, ["stage.1a.template=plain"])
+    with pytest.raises(ExportError, match="stage.1a.template is 'plain'"):
+        export_model(own, learnt_of(tiny), tmp_path / "out", metadata={"stage": "1a"})
     assert not (tmp_path / "out").exists()
+    turned = apply_overrides(config, ["stage.2b.template=chatml"])
+    out = export_model(turned, learnt_of(tiny), tmp_path / "out", metadata={"stage": "2b"})
+    stated = json.loads((out / "config.json").read_text())
+    assert (stated["text"]["template"], stated["source"]["stage"]) == ("chatml", "2b")
 
 
 def test_the_template_s_own_system_text_is_spelt_out(tiny, tmp_path):

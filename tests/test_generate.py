@@ -178,10 +178,15 @@ def test_load_model(assembly: Assembly, params: dict, tmp_path: Path) -> None:
     model = load_model(folder)
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
     assert model.name.startswith("savenvideo/2b/")
+    assert model.assembly.stage == "2b" and model.assembly.template == assembly.template
     with pytest.raises(UserError, match="does not fit the configuration: checkpoint holds connector"):
         load_model(folder, overrides=["model.avts.d_model=16"])
     with pytest.raises(UserError, match="make demo"):
         load_model(tmp_path / "nothing")
+    own = load_model(folder, overrides=["stage.2b.template=plain"])
+    assert own.assembly.builder(prompt=True).template == PlainTemplate()
+    generator = Generator(own.assembly, own.params, 1)
+    assert own.assembly.tokenizer.convert_ids_to_tokens(generator.stop_ids[0]) == "\u010a"
     damaged = folder / "trainable.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"trainable\.safetensors"):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from avlm_jax import cli, train
+from avlm_jax import cli, lineage, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
 from avlm_jax.checkpoint import TREE_FILE, load_tree
@@ -29,6 +29,7 @@ from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
 from input_pipeline.conversation import load_tokenizer
+from input_pipeline.errors import UserError
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records
 
 STEPS = {"1a": 3, "2b": 24}
@@ -371,6 +372,43 @@ def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
     run.assert_ended_alike(workdir)
 
 
+def test_of_many_samples_of_a_broken_step_some_are_named(
+    run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step(1, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
+    workdir = run.workdir_with_first_stage(tmp_path)
+    assert cli.main(run.command(workdir, "stages=2b", "stage.2b.batch_size=12")) == 1
+    told = capsys.readouterr().err.partition("samples of that step: ")[2]
+    assert told.count("-q1") == train.NAMED and " (8 of 12); lower" in told
+
+
+def test_processes_must_train_on_the_same(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gathered(digest: np.ndarray) -> np.ndarray:
+        return np.stack([digest, digest, digest ^ 1, digest])
+
+    monkeypatch.setattr(lineage.jax, "process_count", lambda: 4)
+    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", gathered)
+    with pytest.raises(UserError, match="stage 1a: processes 2 would train on other data than process 0"):
+        lineage.check_same_plan("1a", {"seed": 0})
+    assert lineage.differing(gathered(np.arange(3, dtype=np.uint8))) == [2]
+    plans: list[dict] = []
+    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", lambda digest: np.stack([digest] * 4))
+    lineage.check_same_plan("1a", {"seed": 0})
+    monkeypatch.undo()
+
+    def stop(name: str, plan: dict) -> None:
+        plans.append({"stage": name, **plan})
+        raise UserError("stopped")
+
+    monkeypatch.setattr(train, "check_same_plan", stop)
+    assert cli.main(run.command(tmp_path)) == 2
+    (plan,) = plans
+    assert (plan["stage"], plan["steps"], plan["batch_size"]) == ("1a", STEPS["1a"], BATCH)
+    assert len(plan["fingerprint"]) == 32
+
+
 def test_rows_can_be_packed_and_batches_be_of_one_length(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -414,7 +452,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
     # Sample "v1-q1" asks "At 00:01, which?1".
     texts = load_tokenizer(run.tokenizer).batch_decode(poisoned[0])
     ids = [f"v{text.partition('which?')[2][0]}-q1" for text in texts]
-    assert len(ids) == BATCH and f"The samples of that step: {', '.join(ids)} ..." in error
+    assert len(ids) == BATCH and f"The samples of that step: {', '.join(ids)}; lower" in error
     assert saved_steps(workdir) == [SAVE_EVERY] and not (workdir / "2b" / "final").exists()
     assert [line["step"] for line in read_metrics(workdir / "2b")] == list(range(1, bad))
     assert cli.main(run.command(workdir)) == 0  # The next time nothing is wrong with that batch.

@@ -91,7 +91,7 @@ class StageConfig:
         pack: clips that may share a row of text; 1 packs none. See `input_pipeline.packing`.
         oversize: "error" refuses samples whose media and first round do not fit, "leave_out" counts and leaves them out.
         template: chat template in place of text.template, text.template_options and text.system; empty takes those.
-            LLaVA-type recipes align with "plain".
+            LLaVA-type recipes align with "plain". What the stage publishes is asked and exported with it as well.
         template_options: its own fields; null takes its defaults.
         parent: the stage whose result it begins from; empty for the first.
         fresh_lora: merge the adapter of earlier stages into the base and begin with a fresh one (LongVALE-LLM's

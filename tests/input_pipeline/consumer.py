@@ -62,6 +62,17 @@ def live(folder: Path, loader: Loader, process: int, life: dict, state: dict | N
     loader.close()
 
 
+def end_workers(group: int) -> None:
+    """Worker processes outlive a killed parent, as they do on a host. Python's own that frees their shared memory is left
+    to do so: it ends when they have ended.
+    """
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            pid = int(entry.name)
+            if os.getpgid(pid) == group and b"resource_tracker" not in (entry / "cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
 def main(path: str) -> None:
     plan = json.loads(Path(path).read_text())
     folder = Path(path).parent
@@ -85,10 +96,7 @@ def main(path: str) -> None:
             children.append(child)
         for child in children:
             status = os.waitpid(child, 0)[1]
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(
-                    child, signal.SIGKILL
-                )  # Worker processes outlive a killed parent, as they do on a host.
+            end_workers(child)
             expected = -signal.SIGKILL if life["killed"] else 0
             if os.waitstatus_to_exitcode(status) != expected:
                 sys.exit(f"process ended with {os.waitstatus_to_exitcode(status)}, expected {expected}")

@@ -53,6 +53,7 @@ LAST_OLD_FLAX, FIRST_NEW_JAX = (0, 12, 8), (0, 11, 1)
 TFIO_VENV = ".venv-tfio"
 TFIO_MARKER = "avlm-installed"  # requirements/install.py leaves it where it installs one lock file alone.
 TFIO_PYTHONS = ((3, 11), (3, 12))  # What both this project and the wheels of tensorflow-cpu 2.16 run on.
+LITTLE_SHARED_MEMORY = 2**30  # bytes. Docker gives 64 MiB; a batch of 8 clips takes 60 MB, and several wait.
 LITTLE_MEMORY = 4 * 2**30  # bytes. Loading, compiling and training side by side are tight below.
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"
@@ -121,6 +122,13 @@ def check_system() -> Iterator[Check]:
         scarce = memory < LITTLE_MEMORY
         remedy = "4 GiB are advisable even for the demo" if scarce else ""
         yield Check("memory", f"{memory / 2**30:.1f} GiB", NOTE if scarce else OK, remedy)
+    shared = shared_memory_bytes()
+    if shared is not None:
+        scarce = shared < LITTLE_SHARED_MEMORY
+        remedy = "config.loader.workers pass batches through it; give a container more (docker --shm-size)"
+        yield Check(
+            "shared memory", f"{shared / 2**30:.1f} GiB", NOTE if scarce else OK, remedy if scarce else ""
+        )
 
 
 def check_packages(versions: dict[str, str | None]) -> Iterator[Check]:
@@ -313,6 +321,11 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def shared_memory_bytes() -> int | None:
+    """Size of /dev/shm; None where there is none."""
+    return shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else None
 
 
 def memory_bytes() -> int | None:

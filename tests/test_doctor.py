@@ -201,3 +201,12 @@ def test_the_command_line_reports_what_it_could_not_make(capsys: pytest.CaptureF
     Path("taken").write_text("a file", encoding="utf-8")
     assert cli.main(["doctor", "--make-tfio-venv", "taken"]) == cli.EXIT_UNUSABLE
     assert "taken" in capsys.readouterr().err
+
+
+def test_little_shared_memory_is_noted(monkeypatch):
+    for size, level in ((64 * 2**20, doctor.NOTE), (8 * 2**30, doctor.OK)):
+        monkeypatch.setattr(doctor, "shared_memory_bytes", lambda size=size: size)
+        (check,) = [check for check in doctor.check_system() if check.name == "shared memory"]
+        assert check.status == level and ("shm-size" in check.remedy) == (level == doctor.NOTE)
+    monkeypatch.setattr(doctor, "shared_memory_bytes", lambda: None)
+    assert "shared memory" not in [check.name for check in doctor.check_system()]

@@ -254,7 +254,7 @@ def checkpoint_config(checkpoint: str | Path) -> ConfigDict:
 def trained_stage(metadata: Mapping[str, Any]) -> str:
     """The stage of its configuration that made a checkpoint, by the checkpoint's metadata; empty if that is not known."""
     # What was exported and imported again is published under another name.
-    return (metadata.get("exported") or {}).get("stage") or metadata.get("stage") or ""
+    return metadata.get("exported", metadata).get("stage") or ""
 
 
 def checkpoint_stage(checkpoint: str | Path) -> str:

@@ -149,9 +149,20 @@ def test_filterbank(samples):
     sound = np.clip(rng.normal(0, 0.1, (2, 3, samples)), -1, 1).astype(np.float32)
     sound[1, 1, samples // 2 :] = 0.0  # the floor of silence
     expected = np.asarray(beats_normalize(kaldi_fbank(sound)))
-    error = relative_error(expected, modeling.kaldi_fbank(torch.from_numpy(sound)))
-    print(f"filterbank, {samples} samples: {error:.1e} of the scale")
-    assert error < TOLERANCE
+    found = modeling.kaldi_fbank(torch.from_numpy(sound)).numpy()
+    # A band that holds less than a millionth of its frame's loudest is what is left when fp32 numbers a thousand times
+    # larger cancel: its logarithm has no digits left, and which ones it shows depends on the processor. There the
+    # energies are compared, with the frame's loudest as their scale.
+    energies = [np.exp(x.astype(np.float64) * 2 * 6.55582 + 15.41663) for x in (expected, found)]
+    loudest = energies[0].max(axis=-1, keepdims=True)
+    faint = energies[0] < 1e-6 * loudest
+    error = relative_error(np.where(faint, 0, expected), np.where(faint, 0, found))
+    faint_error = float(np.where(faint, np.abs(energies[0] - energies[1]) / loudest, 0).max())
+    print(
+        f"filterbank, {samples} samples: {error:.1e} of the scale; {faint.sum()} faint bands {faint_error:.1e}"
+    )
+    assert error < TOLERANCE and faint_error < 1e-8
+    assert faint.mean() < 0.02  # the narrowest bands, at the lowest frequencies
 
 
 @pytest.mark.parametrize("mask", ["time_patch", "unilm"])

@@ -55,7 +55,7 @@ class TrainStep:
         accumulate: (state, frozen, gradients or None, totals or None, micro-batch) -> (gradients, totals); donates the
             gradients.
         finish: (state, frozen, gradients or None, totals or None, micro-batch, learning rate) -> (state, metrics); donates
-            state and gradients.
+            the state.
     """
 
     accumulate: Callable[..., tuple[Tree, Totals]]
@@ -178,7 +178,7 @@ def _make_step(
         out_add, out_finish = (of_state.trainable, of_state.step), (of_state, of_state.step)
     return TrainStep(
         accumulate=jax.jit(add, donate_argnums=2, out_shardings=out_add),
-        finish=jax.jit(finish, donate_argnums=(0, 2), out_shardings=out_finish),
+        finish=jax.jit(finish, donate_argnums=0, out_shardings=out_finish),
     )
 
 

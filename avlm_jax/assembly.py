@@ -316,10 +316,10 @@ def open_backbone(
     try:
         if part == "vision":
             found, plan = open_siglip(folder, feature_layer=feature_layer)
-            return _without(dataclasses.asdict(found), "dtype", "backend", "feature_layer"), plan
+            return _without(dataclasses.asdict(found), "dtype", "backend", "chunk", "feature_layer"), plan
         if part == "audio":
             found, plan = open_beats(folder)
-            return _without(dataclasses.asdict(found), "dtype", "backend", "mask"), plan
+            return _without(dataclasses.asdict(found), "dtype", "backend", "chunk", "mask"), plan
         hf, plan = open_qwen2(folder)
     except UserError:
         raise

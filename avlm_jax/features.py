@@ -18,8 +18,8 @@ from input_pipeline.features import FIELDS, SUFFIX
 from input_pipeline.mixture import SourceConfig
 from input_pipeline.records import MANIFEST, RecordReader
 
-# Of an encoder's config: chooses the kernel that computes attention, not what is computed.
-FREE = ("backend",)
+# Of an encoder's config: how it is computed, not what: the kernel of its attention, how much at a time.
+FREE = ("backend", "chunk")
 
 
 def features_folder(records: str) -> str:

@@ -467,7 +467,7 @@ def test_features_of_another_encoder_are_refused(
 def test_another_attention_kernel_is_the_same_encoder(folders: dict[str, str], tokenizer: Path) -> None:
     folder = features_folder(folders["video,audio"])
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    assert manifest["features"]["video"]["encoder"]["backend"] == "reference"
+    assert manifest["features"]["video"]["encoder"]["backend"] == "auto"
     reader = RecordReader(folder)
     reader.manifest["features"]["video"]["encoder"]["backend"] = "cudnn"
     check_features(assemble(tiny_config(tokenizer)), reader)

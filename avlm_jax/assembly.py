@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.lora import MERGED, merge_stacked, retired_updates
 from avlm_jax.models.api import System, build_system, init_params
-from avlm_jax.sharding import make_mesh, param_shardings, replicated
+from avlm_jax.sharding import check_heads, make_mesh, param_shardings
 from avlm_jax.state import Tree, flatten, unflatten
 from avlm_jax.weights.beats import open_beats
 from avlm_jax.weights.placement import place
@@ -156,6 +156,17 @@ class Assembly:
         own = self.stage and self.config.stage[self.stage].get("template")
         return text.make_template(f"stage.{self.stage}" if own else "text")
 
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The devices as config.mesh arranges them.
+
+        Raises:
+            ConfigError: sizes that do not fit the devices, see `make_mesh`, or the system's heads.
+        """
+        mesh = make_mesh(**self.config.mesh)
+        check_heads(self.system.heads, mesh)
+        return mesh
+
     def abstract_params(self) -> Tree:
         """Shape and dtype of every parameter; nothing is computed."""
         return jax.eval_shape(lambda: init_params(self.system, self._zeros(), 0))
@@ -191,7 +202,7 @@ class Assembly:
             ConfigError: a backbone's sizes are not the configuration's.
             ValueError: `learnt` holds a parameter that the system lacks, or of another shape.
         """
-        mesh = make_mesh(**self.config.mesh) if mesh is None else mesh
+        mesh = self.mesh if mesh is None else mesh
         abstract = {part: tree for part, tree in self.abstract_params().items() if part not in without}
         expected, shardings = flatten(abstract), flatten(param_shardings(abstract, mesh))
         stored, reports = self.backbones
@@ -228,9 +239,7 @@ class Assembly:
         placed: dict[str, jax.Array] = {}
         for path in expected:
             if path in updates:  # In the stored precision until the adapters are in.
-                pairs = tuple(
-                    tuple(place(half, replicated(mesh), "float32") for half in pair) for pair in updates[path]
-                )
+                pairs = tuple(_place_adapter(path, pair, mesh) for pair in updates[path])
                 kernel = fresh[path] if path in fresh else place(known[path], shardings[path])
                 placed[path] = merge_stacked(kernel, pairs, scale=1.0, dtype=dtype_of(path))
             elif path in fresh:
@@ -250,6 +259,14 @@ class Assembly:
         hashes = {part: report.sha256 for part, report in self.backbones[1].items()}
         tokenizer = (Path(self.config.text.tokenizer) / "tokenizer.json").read_bytes()
         return hashes | {"tokenizer": hashlib.sha256(tokenizer).hexdigest()}
+
+
+def _place_adapter(kernel: str, pair: tuple[Any, Any], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    layer = kernel.rpartition("/")[0]
+    paths = (f"{layer}/lora_a", f"{layer}/lora_b")
+    shardings = flatten(param_shardings(unflatten(dict(zip(paths, pair, strict=True))), mesh))
+    a, b = (place(half, shardings[path], "float32") for path, half in zip(paths, pair, strict=True))
+    return a, b
 
 
 def check_updates(updates: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

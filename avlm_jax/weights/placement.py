@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
+from avlm_jax.sharding import param_shardings
+from avlm_jax.state import Tree, flatten, unflatten
 from avlm_jax.weights.stored import StoredLeaf
 
 
@@ -38,6 +41,12 @@ def place(leaf: Any, sharding: NamedSharding, dtype: Any = None) -> jax.Array:
         # Waiting keeps the transfers from piling up slices of host memory behind them.
         shards.append(jax.device_put(host, device).block_until_ready())
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def place_params(tree: Mapping[str, Any], mesh: Mesh) -> Tree:
+    """`place` for a nested dict of parameters, where `param_shardings` says."""
+    shardings = flatten(param_shardings(tree, mesh))
+    return unflatten({path: place(leaf, shardings[path]) for path, leaf in flatten(tree).items()})
 
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -53,19 +53,21 @@ def abstract_frozen(tree: Mapping[str, Any], frozen_dtype: str, fp32: Collection
     """Shapes and dtypes of parameters as they are placed: those of `fp32` in single precision, all others frozen.
 
     Args:
-        tree: nested dict of abstract parameters, unquantised.
+        tree: nested dict of arrays or abstract parameters.
         frozen_dtype: config.frozen_dtype.
         fp32: paths of what is trained.
     """
     found = {}
     for path, leaf in flatten(tree).items():
-        if path in fp32:
-            found[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+        dtype = leaf.dtype
+        if path in fp32 or path.endswith("/kernel" + SCALE):
+            dtype = jnp.float32
         elif is_quantised(path, frozen_dtype):
-            found[path] = jax.ShapeDtypeStruct(leaf.shape, jnp.int8)
+            dtype = jnp.int8
             found[path + SCALE] = jax.ShapeDtypeStruct(leaf.shape[:-2] + leaf.shape[-1:], jnp.float32)
-        else:
-            found[path] = jax.ShapeDtypeStruct(leaf.shape, float_dtype(frozen_dtype))
+        elif jnp.issubdtype(dtype, jnp.floating):
+            dtype = float_dtype(frozen_dtype)
+        found[path] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     return unflatten(found)
 
 

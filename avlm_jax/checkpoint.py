@@ -83,7 +83,8 @@ class Checkpointer:
         self._ocp = ocp
         self._folders = StepFolders(directory)
         self._keep, self._async = keep, async_
-        self._handler = ocp.StandardCheckpointHandler()
+        # Trained floats hardly shrink, and compressing them would take the cores from the training.
+        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
         self._agreement = Agreement("checkpointer")
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -134,7 +135,7 @@ class Checkpointer:
                 if (folder := self._begin(step)) is None:
                     return False
                 # Orbax copies the arrays before it returns, and writes them in threads of its own.
-                saving = self._handler.async_save(folder / STATE, args=self._ocp.args.StandardSave(tree))
+                saving = self._handler.async_save(folder / STATE, args=self._ocp.args.PyTreeSave(tree))
                 writes = asyncio.run(saving) or []
                 blocks = owned_blocks(flat)
             except Exception as error:
@@ -282,7 +283,12 @@ class Checkpointer:
                     f"Use the configuration that wrote it, or another working directory."
                 )
             try:
-                tree.update(self._handler.restore(folder, args=self._ocp.args.StandardRestore(abstract)))
+                wanted = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+                tree.update(
+                    self._handler.restore(
+                        folder, args=self._ocp.args.PyTreeRestore(item=abstract, restore_args=wanted)
+                    )
+                )
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # The device's trouble, not the checkpoint's.
             except Exception as error:

@@ -34,7 +34,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from avlm_jax.llm.decoder import Block, DecoderConfig, RMSNorm, causal_mask  # noqa: E402
+from avlm_jax.layers.mask import causal_mask  # noqa: E402
+from avlm_jax.llm.decoder import Block, DecoderConfig, RMSNorm  # noqa: E402
 from avlm_jax.lora import LoraConfig  # noqa: E402
 from avlm_jax.quantize import SCALE, dequantise, is_quantised, quantise  # noqa: E402
 from avlm_jax.state import flatten, unflatten  # noqa: E402

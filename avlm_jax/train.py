@@ -15,8 +15,10 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,10 +46,14 @@ from avlm_jax.lineage import (
     check_parent,
     check_same_config,
     check_same_plan,
+    exists_for_all,
     load_parent,
 )
 from avlm_jax.models.api import System
+from avlm_jax.multihost import Timeouts, initialize, is_first, ready, say
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
+from avlm_jax.peers import COMPUTES, PUBLISHES, READS, SAVES
+from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
 from avlm_jax.sharding import make_mesh, param_shardings, put_batch, state_shardings
 from avlm_jax.state import (
@@ -60,6 +66,7 @@ from avlm_jax.state import (
     split,
     unflatten,
 )
+from avlm_jax.watchdog import Watchdog
 from avlm_jax.writer import Console, MetricsWriter
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
@@ -126,21 +133,25 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
     Raises:
         ConfigError: a stage of another configuration lies in `workdir`, or a stage's parent is not finished.
         TrainingError: the loss is not finite.
+        Stopped: SIGTERM or Ctrl-C; what was learnt is saved.
     """
     workdir = Path(workdir)
+    timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
     assembly = assemble(config)
     finals = {}
-    for name in config.stages:
-        finals[name] = workdir / name / "final"
-        if finals[name].exists():
-            check_finished(assembly, name, finals[name])
-            print(f"stage {name}: finished before, {finals[name]}", flush=True)
-        else:
-            run_stage(assembly, name, workdir)
+    with Watchdog(timeouts) as watchdog, StopSignal(timeouts.grace, watchdog.describe) as stop:
+        for name in config.stages:
+            finals[name] = workdir / name / "final"
+            watchdog.stage(name, workdir / name)
+            if exists_for_all(finals[name]):
+                check_finished(assembly, name, finals[name])
+                say(f"stage {name}: finished before, {finals[name]}")
+            else:
+                run_stage(assembly, name, workdir, watchdog, stop)
     return finals
 
 
-def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
+def run_stage(assembly: Assembly, name: str, workdir: Path, watchdog: Watchdog, stop: StopSignal) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
@@ -179,10 +190,10 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     except ValueError as error:  # Weights or a parent's result that do not fit the configuration.
         raise ConfigError(f"stage {name}: {error}") from error
     del params
-    print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
-    print(loader.describe(), flush=True)
+    say(f"stage {name}\n{format_sizes(describe(trainable, frozen))}")
+    say(loader.describe())
     for part, report in reports.items():
-        print(f"{part}: {report}", flush=True)
+        say(f"{part}: {report}")
 
     optimizer = make_optimizer(stage.optim)
     state = TrainState.create(trainable, optimizer, config.seed)
@@ -205,8 +216,13 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             check_weights(saved.get("weights"), assembly.weights, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
-            print(f"stage {name}: continues at step {start} of {total}", flush=True)
-        with MetricsWriter(workdir / name, resume_step=start or None) as writer:
+            say(f"stage {name}: continues at step {start} of {total}")
+        ready(f"stage {name}, before its first step")
+        with (
+            MetricsWriter(workdir / name, resume_step=start or None)
+            if is_first()
+            else contextlib.nullcontext() as writer
+        ):
             state = loop(
                 config,
                 stage,
@@ -220,9 +236,12 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
                 start,
                 total,
                 {**metadata, "config": made_with},
+                watchdog,
+                stop,
             )
     # What earlier stages learnt and this one left alone belongs to the result as well.
-    published = unflatten(flatten(learnt or {}) | flatten(jax.device_get(state.trainable)))
+    watchdog.at(PUBLISHES)
+    published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
     save_tree(workdir / name / "final", published, made_with, {**metadata, "steps": total})
 
 
@@ -234,15 +253,18 @@ def loop(
     step_fn: Step,
     loader: Loader,
     checkpointer: Checkpointer,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
     name: str,
     start: int,
     total: int,
     metadata: Mapping[str, Any],
+    watchdog: Watchdog,
+    stop: StopSignal,
 ) -> TrainState:
     """Steps `start`..`total`. Metrics are read one step late, so that the host never waits for the device."""
     mesh = make_mesh(**config.mesh)
-    console = Console(total, start_step=start, label=f"stage {name}")
+    stream = sys.stderr if is_first() else io.StringIO()
+    console = Console(total, start_step=start, label=f"stage {name}", stream=stream)
     clock = DataClock()
     pending: tuple[int, dict[str, Array], np.float32] | None = None
 
@@ -265,20 +287,35 @@ def loop(
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}
             share = clock.share(batches.waited)
-            writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
+            if writer is not None:
+                writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
-    with Prefetch(loader, lambda batch: put_batch(batch, mesh), config.loader.prefetch) as batches:
+    def save(number: int) -> None:
+        report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
+        watchdog.at(SAVES)
+        # One batch a step: the loader itself is ahead of that.
+        checkpointer.save(number, state, loader.state(number), metadata)
+
+    with (
+        stop.deferred(),
+        Prefetch(loader, lambda batch: put_batch(batch, mesh), config.loader.prefetch) as batches,
+    ):
         for number in range(start + 1, total + 1):
+            if stop.reached(number - 1):
+                if number > start + 1:
+                    save(number - 1)
+                    checkpointer.wait()
+                stop.end(number - 1)
+            watchdog.at(READS, number)
             batch = next(batches)
+            watchdog.at(COMPUTES)
             lr = learning_rate(stage.optim, number - 1, total)
             state, metrics = step_fn(state, frozen, batch, lr)
             report()
             pending = (number, metrics, lr)
             if number % config.save_every == 0 or number == total:
-                report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
-                # One batch a step: the loader itself is ahead of that.
-                checkpointer.save(number, state, loader.state(number), metadata)
+                save(number)
     console.close()
     return state
 
@@ -351,10 +388,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; 0 when every stage is finished."""
     config = config_from_args(args)
+    initialize(to_dataclass(Timeouts, config.timeouts, "timeouts"))
     enable_compilation_cache()
     begun = time.monotonic()
     finals = train(config, args.workdir)
-    print(
+    say(
         f"{len(finals)} stages in {time.monotonic() - begun:.0f} s; the last one's result: {list(finals.values())[-1]}"
     )
     return 0

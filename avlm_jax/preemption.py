@@ -100,6 +100,12 @@ class StopSignal:
         self._deferred = True
         try:
             yield
+        except Exception as error:
+            if self._signum is None:
+                raise
+            # A launcher's signal reaches the loader's worker processes as well, and they end before they are asked.
+            reason = f"({self._describe()}; {type(error).__name__}: {error})"
+            raise Stopped(self._message(reason), self._signum) from error
         finally:
             self._deferred = False
             with self._lock:

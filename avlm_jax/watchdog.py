@@ -12,12 +12,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 from avlm_jax import peers
 from avlm_jax.multihost import Timeouts
 from avlm_jax.rendezvous import EX_TEMPFAIL
+
+T = TypeVar("T")
 
 TICK_SECONDS = 0.5
 # So much after a limit the interpreter's own timer, which needs no lock, ends a process in which no Python thread can run.
@@ -34,38 +37,49 @@ class Watchdog:
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
         self._folder: Path | None = None
-        self._stage, self._begun = "", False
+        self._stage, self._step = "", 0
+        self._first: int | None = None
         self._lock = threading.Lock()
-        self._phase, self._step, self._since = peers.SETS_UP, 0, time.monotonic()
+        self._phase, self._since = peers.SETS_UP, time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def stage(self, name: str, folder: Path) -> None:
         """A stage begins; `folder` gets the stacks."""
         with self._lock:
-            self._stage, self._folder, self._begun = name, folder, False
+            self._stage, self._folder, self._step, self._first = name, folder, 0, None
         peers.announce(lambda status: peers.Status(status.stage + 1))
         self.at(peers.SETS_UP)
 
-    def at(self, phase: str, step: int | None = None) -> None:
-        """Says what comes next.
-
-        Args:
-            phase: of `peers.PHASES`.
-            step: the one it belongs to; None: the same as before.
-        """
+    def step(self, number: int) -> None:
+        """A step begins."""
         with self._lock:
-            if self._phase == peers.COMPUTES and phase != peers.COMPUTES:
-                self._begun = True  # Its program is compiled.
-            step = self._step if step is None else step
-            # A step's data and computing have one limit together: what waits for the device may be either.
-            if not (phase == peers.COMPUTES and step == self._step and self._phase == peers.READS):
+            self._step = number
+            self._first = number if self._first is None else self._first
+        self.at(peers.READS)
+
+    def at(self, phase: str) -> None:
+        """Says what comes next, one of `peers.PHASES`."""
+        with self._lock:
+            # A micro-batch has one limit for its data and for computing: whoever waits for the device may be at either.
+            if phase != peers.COMPUTES:
                 self._since = time.monotonic()
-            self._phase, self._step = phase, step
+            self._phase, step = phase, self._step
         peers.announce(lambda status: dataclasses.replace(status, step=step, phase=phase))
 
+    def reading(self, batches: Iterator[T]) -> Iterator[T]:
+        """`batches`, while which are waited for the phase is another one than while they are computed."""
+        while True:
+            self.at(peers.READS)
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.at(peers.COMPUTES)
+            yield batch
+
     def describe(self) -> str:
-        """ "stage 2a, step 120: computes". Takes no lock: a signal's handler asks, inside of whatever the thread does."""
+        """ "stage 2a, step 120: it computes". Takes no lock: a signal's handler asks, whatever its thread was doing."""
         where = f", step {self._step}" if self._step else ""
         return f"stage {self._stage}{where}: it {self._phase}" if self._stage else "before the first stage"
 
@@ -76,7 +90,7 @@ class Watchdog:
         elif self._phase in (peers.SAVES, peers.PUBLISHES):
             name = "save"
         else:
-            name = "step" if self._begun else "first_step"
+            name = "first_step" if self._step == self._first else "step"
         return name, getattr(self._timeouts, name)
 
     def __enter__(self) -> Watchdog:

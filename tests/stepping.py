@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from avlm_jax.multihost import Timeouts, crash, initialize, leave, ready, say
-from avlm_jax.peers import COMPUTES, READS, SAVES
+from avlm_jax.peers import COMPUTES, SAVES
 from avlm_jax.preemption import Stopped, StopSignal
 from avlm_jax.sharding import batch_sharding, make_mesh
 from avlm_jax.watchdog import Watchdog
@@ -47,7 +47,7 @@ def main(folder: Path, steps: int, options: dict[str, float]) -> None:
                     watchdog.at(SAVES)
                     saved.write_text(str(number - 1))
                     stop.end(number - 1)
-                watchdog.at(READS, number)
+                watchdog.step(number)
                 if me == 1 and number == options.get("slow"):
                     time.sleep(options["seconds"])
                 if me == 1 and number == options.get("raises"):

@@ -179,6 +179,16 @@ def full() -> ConfigDict:
             "log_every": 10,
             "save_every": 200,
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
+            # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
+            "timeouts": {
+                "connect": 300.0,
+                "ready": 1800.0,
+                "first_step": 1800.0,
+                "step": 600.0,
+                "save": 900.0,
+                "late": 30.0,
+                "grace": 20.0,
+            },
             "stages": ("1a", "1b", "2a", "2b"),
             "stage": {
                 # Batch sizes, rates and epochs are the paper's. Stage 1a sees no sound: its audio branch is not aligned yet.

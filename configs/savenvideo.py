@@ -58,7 +58,8 @@ def stage(
 ) -> ConfigDict:
     """One stage. `steps` 0 means: as many as `epochs` passes over the sources take.
 
-    To spend less on padding: `buckets` are shorter text lengths that whole batches may have, `pack` is how many clips
+    A step's batch is worked through in micro-batches of `rows_per_device` rows on each device, so that batch_size fits any
+    slice. To spend less on padding: `buckets` are shorter text lengths that whole batches may have, `pack` is how many clips
     may share a row of text (batch_size counts rows).
     """
     return ConfigDict(
@@ -66,6 +67,7 @@ def stage(
             "trainable": trainable,
             "sources": sources,
             "batch_size": batch_size,
+            "rows_per_device": 0,
             "epochs": 1.0,
             "steps": 0,
             "max_length": 0,
@@ -173,9 +175,20 @@ def full() -> ConfigDict:
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "loss_chunk": 256,
+            "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
+            # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
+            "timeouts": {
+                "connect": 300.0,
+                "ready": 1800.0,
+                "first_step": 1800.0,
+                "step": 600.0,
+                "save": 900.0,
+                "late": 30.0,
+                "grace": 20.0,
+            },
             "stages": ("1a", "1b", "2a", "2b"),
             "stage": {
                 # Batch sizes, rates and epochs are the paper's. Stage 1a sees no sound: its audio branch is not aligned yet.
@@ -187,6 +200,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-3,
                     batch_size=512,
+                    rows_per_device=4,
                 ),
                 "1b": stage(
                     ALIGN_AUDIO,
@@ -197,6 +211,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-3,
                     batch_size=512,
+                    rows_per_device=4,
                     parent="1a",
                 ),
                 "2a": stage(
@@ -208,6 +223,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-4,
                     batch_size=1024,
+                    rows_per_device=4,
                     parent="1b",
                 ),
                 "2b": stage(
@@ -215,6 +231,7 @@ def full() -> ConfigDict:
                     {"saven_vid": source("records/saven_vid")},
                     lr=2e-4,
                     batch_size=1024,
+                    rows_per_device=4,
                     epochs=2.0,
                     parent="2a",
                 ),

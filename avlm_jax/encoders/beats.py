@@ -30,6 +30,7 @@ from avlm_jax.layers.attention import attention
 from avlm_jax.layers.mask import AttentionMask
 from avlm_jax.layers.mlp import Mlp
 from avlm_jax.layers.norms import LayerNorm
+from avlm_jax.sharding import constrain
 
 _gelu = functools.partial(jax.nn.gelu, approximate=False)
 _LN_EPS = 1e-5  # torch.nn.LayerNorm's default, which unilm keeps.
@@ -223,7 +224,8 @@ class EncoderLayer(nn.Module):
         h = GatedAttention(c, name="attn")(x, position_bias, mask)
         x = LayerNorm(_LN_EPS, name="ln1")(x * c.residual_scale + h)
         h = Mlp(c.mlp_dim, _gelu, c.dtype, _xavier_normal(c.init_gain), name="mlp")(x)
-        return LayerNorm(_LN_EPS, name="ln2")(x * c.residual_scale + h), None
+        x = LayerNorm(_LN_EPS, name="ln2")(x * c.residual_scale + h)
+        return constrain(x, ("batch", "tensor")), None
 
 
 def token_mask(frame_mask: Bool[Array, "n f"], config: BeatsConfig) -> Bool[Array, "n tokens"]:
@@ -274,7 +276,8 @@ class BeatsEncoder(nn.Module):
             )
         mask = token_mask(frame_mask, c)
         steps = frames // c.patch_size
-        x = fbank[:, : steps * c.patch_size].astype(c.dtype)
+        # Windows do not mix: all devices share them, those of a tensor group as well.
+        x = constrain(fbank[:, : steps * c.patch_size].astype(c.dtype), ("batch", "tensor"))
         if c.mask == "time_patch":
             # Padding inside a partly valid column becomes the mean spectrum, so that it carries nothing.
             x = jnp.where(frame_mask[:, : steps * c.patch_size, None], x, 0.0)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, UInt8
 from avlm_jax.layers.attention import attention
 from avlm_jax.layers.mlp import Mlp
 from avlm_jax.layers.norms import LayerNorm
+from avlm_jax.sharding import constrain
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)  # "gelu_pytorch_tanh" in the released config.json.
 
@@ -139,7 +140,7 @@ class EncoderLayer(nn.Module):
         h = LayerNorm(c.ln_eps, name="ln1")(x)
         x = x + MultiHeadAttention(c.num_heads, c.dtype, c.backend, name="attn")(h, h)
         h = LayerNorm(c.ln_eps, name="ln2")(x)
-        return x + Mlp(c.mlp_dim, _gelu, c.dtype, name="mlp")(h), None
+        return constrain(x + Mlp(c.mlp_dim, _gelu, c.dtype, name="mlp")(h), ("batch", "tensor")), None
 
 
 class AttentionPooling(nn.Module):
@@ -193,7 +194,7 @@ class SiglipEncoder(nn.Module):
         # The strided convolution as one matrix product: the same sum, and fast on every device.
         x = nn.Dense(c.width, dtype=c.dtype, name="patch_embed")(patchify(pixels, c.patch_size))
         pos_embed = self.param("pos_embed", nn.initializers.normal(c.width**-0.5), (c.num_patches, c.width))
-        x = x + pos_embed.astype(x.dtype)[None]
+        x = constrain(x + pos_embed.astype(x.dtype)[None], ("batch", "tensor"))  # Pictures do not mix.
         if num_layers:
             layers = nn.scan(
                 EncoderLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=num_layers

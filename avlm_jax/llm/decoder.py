@@ -15,6 +15,7 @@ from avlm_jax.layers.mask import AttentionMask
 from avlm_jax.layers.rope import rotate
 from avlm_jax.llm.remat import BLOCK_INPUT, QKV, check_name, rematerialised
 from avlm_jax.lora import LoraConfig, LoraDense
+from avlm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Block(nn.Module):
         )
         x = x + y
         x = x + GatedMLP(self.config, name="mlp")(RMSNorm(self.config.norm_eps, name="norm2")(x))
-        return x, cache
+        return constrain(x, "batch"), cache
 
 
 class Decoder(nn.Module):
@@ -180,7 +181,10 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
         """Rows of the embedding table, in the compute dtype; NaN for an id without a row, so that it is noticed."""
-        return jnp.take(self.embedding["embedding"], tokens, axis=0).astype(self.config.dtype)
+        # The table is split along d over fsdp (see `sharding.RULES`), the batch along its rows. Each device looks up its part
+        # of d for all rows of its group and then trades parts, which moves the result in place of the table.
+        x = jnp.take(self.embedding["embedding"], constrain(tokens, "data"), axis=0).astype(self.config.dtype)
+        return constrain(constrain(x, "data", None, "fsdp"), "batch")
 
     def head_kernel(self) -> Float[Array, "d v"]:
         """The matrix that turns hidden states into logits."""

@@ -20,6 +20,7 @@ from avlm_jax.config import ConfigError
 from avlm_jax.layers.mask import AttentionMask, causal_mask
 from avlm_jax.llm.decoder import Decoder, KVCache
 from avlm_jax.losses import masked_cross_entropy
+from avlm_jax.sharding import constrain
 
 SYSTEMS = ("savenvideo",)
 
@@ -83,6 +84,11 @@ class System(nn.Module):
             mask: False for a window that is none.
         """
         raise NotImplementedError(f"{type(self).__name__} must encode audio windows")
+
+    @property
+    def heads(self) -> dict[str, int]:
+        """Attention heads that tensor parallelism divides among devices (see `sharding.RULES`), by their config keys."""
+        raise NotImplementedError(f"{type(self).__name__} must say which heads tensor parallelism divides")
 
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         raise NotImplementedError(f"{type(self).__name__} must turn a batch into media tokens")
@@ -164,7 +170,7 @@ def splice(
     # where, not a product: a masked token's content cannot leak even if it is not finite.
     keep = here & valid
     embeddings = jnp.where(keep[:, :, None], spliced, jnp.where(here[:, :, None], 0, embeddings))
-    return embeddings, jnp.where(here & ~valid, 0, segment_ids)
+    return constrain(embeddings, "batch"), jnp.where(here & ~valid, 0, segment_ids)
 
 
 def build_system(config: ConfigDict, media_token_id: int) -> System:

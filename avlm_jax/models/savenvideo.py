@@ -26,6 +26,7 @@ from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.models.api import EncoderSpec, MediaTokens, System
+from avlm_jax.sharding import constrain
 from input_pipeline.spec import FBANK_FRAME_LENGTH, FBANK_FRAME_SHIFT, SAMPLE_RATE, MediaSpec
 
 
@@ -63,7 +64,8 @@ class Connector(nn.Module):
         time = Tokens(self.tlp(seconds, batch["duration"]), seconds, mask, spans=spans)
         visual = dataclasses.replace(visual, features=self.visual_mlp(visual.features))
         audio = dataclasses.replace(audio, features=self.audio_mlp(audio.features))
-        return MediaTokens(*self.resampler(visual, audio, time, batch["duration"]))
+        embeddings, mask = self.resampler(visual, audio, time, batch["duration"])
+        return MediaTokens(constrain(embeddings, "batch"), constrain(mask, "batch"))
 
 
 class SaveNVideo(System):
@@ -91,6 +93,16 @@ class SaveNVideo(System):
     @property
     def connector_width(self) -> int:
         return self.avts_config.d_model or self.llm_config.width
+
+    @property
+    def heads(self) -> dict[str, int]:
+        heads = {
+            "model.llm.num_heads": self.llm_config.num_heads,
+            "model.llm.num_kv_heads": self.llm_config.num_kv_heads,
+        }
+        if self.avts_config.resampler == "avts" and self.avts_config.attention == "mha":
+            heads["model.avts.num_heads"] = self.avts_config.num_heads
+        return heads
 
     @property
     def num_media_tokens(self) -> int:
@@ -142,7 +154,7 @@ class SaveNVideo(System):
             encode = partial(encode_frozen, encode=SaveNVideo.encode_audio, chunk=self.audio_config.chunk)
             audio, spans, mask = batch["audio"], batch["audio_spans"], batch["audio_mask"]
             windows = self._where_any(mask, encode, audio, spans, mask)
-        return frames, windows
+        return constrain(frames, "batch"), constrain(windows, "batch")
 
     def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:
         return self.vision(frames)

@@ -203,7 +203,8 @@ for shape, rows, heads, shared in (((2, 2, 2), 4, 4, 2), ((8, 1, 1), 8, 2, 1), (
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (rows, 12)), axis=1)[:, ::-1])
     for name, mask in {"packed": causal_mask(segments), "keys": AttentionMask(kv_valid=segments > 0)}.items():
         def loss(run):
-            return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(run(*x)) * jnp.arange(8.0)[None, None, None]), argnums=(0, 1, 2)))
+            weights = jnp.arange(8.0)[None, None, None]
+            return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(run(*x)) * weights), argnums=(0, 1, 2)))
         expected = loss(lambda q, k, v: reference(q, k, v, mask, None, 0.3))(q, k, v)
         with jax.set_mesh(mesh):
             split = rows % (shape[0] * shape[1]) == 0

@@ -128,9 +128,8 @@ def test_offload_compiles_for_a_tpu_and_uses_the_hosts_memory() -> None:
         config = dataclasses.replace(config, remat=name)
         params, _ = shapes_of(config)
         everywhere = NamedSharding(mesh, PartitionSpec())
-        params = jax.tree.map(
-            lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=everywhere), params
-        )  # noqa: B023
+        place = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=everywhere)
+        params = jax.tree.map(lambda leaf, place=place: place(leaf.shape), params)
         by_row = NamedSharding(mesh, PartitionSpec("fsdp"))
         x = jax.ShapeDtypeStruct((rows, length, config.width), jnp.bfloat16, sharding=by_row)
         segments = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=by_row)

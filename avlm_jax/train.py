@@ -41,7 +41,7 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
-from avlm_jax.features import open_features
+from avlm_jax.features import check_untrained, open_features
 from avlm_jax.lineage import (
     check_finished,
     check_parent,
@@ -161,6 +161,7 @@ def run_stage(
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
     except ValueError as error:  # A pattern that fits nothing.
         raise ConfigError(f"stage {name}: {error}") from error
+    check_untrained(assembly, name, trained)
     sources, idle = open_features(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )

@@ -51,12 +51,12 @@ def test_a_process_that_is_not_ready_is_named(tmp_path: Path) -> None:
 
 
 def test_a_slow_process_is_named_and_waited_for(tmp_path: Path) -> None:
-    with toy(tmp_path, 4, "slow=3", "seconds=6", "late=2") as group:
+    with toy(tmp_path, 80, "slow=3", "seconds=6", "late=2") as group:
         assert group.wait() == {0: 0, 1: 0}
         told = group.text(0)
     assert re.search(rf"{re.escape(SECOND)} is [23] s late at step 3; it waits for data", told)
     assert re.search(rf"{re.escape(SECOND)} goes on after \d+ s", told)
-    assert "step 4" in told and "late" not in group.text(1)
+    assert "step 80" in told and "late" not in group.text(1)
 
 
 def test_a_loader_that_hangs_ends_the_run_with_stacks(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def check_same_model(
 
     Keys below `but` may differ, and those that change how a model is computed but not what it is.
     """
-    free = ("dtype", "remat", "backend", "attention_backend", "dropout")
+    free = ("dtype", "remat", "backend", "attention_backend", "chunk", "dropout")
     ours, theirs = (flatten_json(c["model"]) for c in (json.loads(config_to_json(config)), made_by))
     keys = sorted(
         key

@@ -10,7 +10,7 @@ usage="Run a command, and start it again when it ends in a way that a new start 
 
 Started again: exit code 75 (a stuck step, a lost process), 143 (SIGTERM from elsewhere), 134, 137 and other signals.
 Not started again: 0 (done), 1 (training failed), 2 (unusable configuration), 130 (Ctrl-C), 126 and 127 (no such command).
-SIGTERM or Ctrl-C here becomes a SIGTERM to the command, which has time to save, and is the end. The exit code is the command's last.
+SIGTERM or Ctrl-C here becomes a SIGTERM to the command, which has time to save, and is the end. Exit code: the command's last.
 
   --max-restarts N     so many starts again without a long attempt between them (10); 0: never
   --long SECONDS       an attempt that lasts so long sets that count back to 0 (900)
@@ -32,6 +32,7 @@ if [[ $dry_run ]]; then
   exit 0
 fi
 
+export PYTHONUNBUFFERED=1 # The log tells what is, not what was.
 LOG_LINES=200 # Of the report: enough for a traceback of every process thread.
 host=$(hostname)${SLURM_PROCID:+-$SLURM_PROCID}
 log=$(mktemp)

@@ -50,7 +50,8 @@ parse_options "$@"
 choose_action run create watch logs delete
 require --name saven-2a --zone us-central1-c --project my-project
 check_name
-require_number --recreations --poll
+require_number --recreations
+require_seconds --poll
 cd "$root"
 
 region=${zone%-*}

@@ -70,7 +70,7 @@ end_all() { kill -s "$1" "${children[@]}" 2> /dev/null || true; }
 trap 'end_all TERM' TERM INT
 for ((number = 0; number < processes; number++)); do
   process "$number"
-  "${one[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$number] /") 2>&1 &
+  exec "${one[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$number] /") 2>&1 &
   children+=($!)
 done
 # The first failure is the cause, unless one of them has a reason not to be started again. The others end by themselves, as

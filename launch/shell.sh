@@ -190,6 +190,16 @@ require_number() {
   done
 }
 
+# require_seconds --poll ...: fractions are allowed.
+require_seconds() {
+  local option variable
+  for option in "$@"; do
+    variable=${option#--}
+    variable=${variable//-/_}
+    [[ ${!variable} =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "$option is ${!variable@Q}; it must be a number of seconds"
+  done
+}
+
 # The first of `words` if it is one of the arguments, the first of which is the default.
 choose_action() {
   ((${#words[@]} <= 1)) || fail "one action at a time, not: ${words[*]}; options of \`avlm train\` stand behind --"

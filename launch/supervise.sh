@@ -24,9 +24,8 @@ max_restarts=10 long=900 pause=15 report=""
 parse_options "$@"
 ((${#words[@]} == 0)) || fail "the command stands behind --: $program -- ${words[*]}"
 ((${#train[@]})) || fail "say behind -- what to run: $program -- avlm train ..."
-for option in max_restarts long pause; do
-  [[ ${!option} =~ ^[0-9]+$ ]] || fail "--${option//_/-} is ${!option@Q}; it must be a whole number"
-done
+[[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max-restarts is ${max_restarts@Q}; it must be a whole number"
+require_seconds --long --pause
 if [[ $dry_run ]]; then
   show "${train[@]}"
   exit 0
@@ -77,13 +76,14 @@ while :; do
   attempt=$((attempt + 1)) begun=$SECONDS
   report_status "running $attempt"
   : > "$log"
-  # tee ignores the signals, so that the command's last words are heard.
-  "${train[@]}" > >(trap '' INT TERM && exec tee -a "$log") 2>&1 &
+  # tee ignores the signals, so that the command's last words are heard. exec: otherwise bash keeps a process of its own
+  # between, which the signal would end instead.
+  exec "${train[@]}" > >(trap '' INT TERM && exec tee -a "$log") 2>&1 &
   child=$!
   if [[ $stopped ]]; then kill -s TERM "$child" 2> /dev/null || true; fi # It came between two attempts.
   wait_for_child
   child=""
-  if ((SECONDS - begun >= long)); then short=0; else short=$((short + 1)); fi
+  if ((SECONDS - begun >= ${long%.*})); then short=0; else short=$((short + 1)); fi
   report_log
   if [[ $stopped ]] || ! worth_a_restart "$code"; then break; fi
   if ((short > max_restarts || max_restarts == 0)); then

@@ -51,7 +51,8 @@ parse_options "$@"
 choose_action run create start watch logs stop delete
 require --name saven-2a --zone us-west4-a
 check_name
-require_number --node-count --recreations --poll
+require_number --node-count --recreations
+require_seconds --poll
 cd "$root"
 
 # Environments stay, so that a new start is quick.

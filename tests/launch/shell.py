@@ -19,7 +19,7 @@ TRAIN = (
     "--config.stage.2a.batch_size=256",
 )
 # Written into a stand-in: notes the call, then does what `body` says with sys.argv[1:] as `argv`.
-STAND_IN = """#!{python}
+STAND_IN = """#!{python} -IS
 import json, os, sys, time
 argv = sys.argv[1:]
 with open({log!r}, "a") as file:

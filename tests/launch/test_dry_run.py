@@ -98,7 +98,9 @@ def test_every_script_has_a_dry_run_that_is_stored() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_printed_is_shell(case: str) -> None:
-    done = subprocess.run(["bash", "-n"], input=printed(case), env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-n"], input=printed(case), env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

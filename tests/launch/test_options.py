@@ -58,7 +58,9 @@ def test_it_stops_at_the_first_failure(script: str) -> None:
 def test_help_tells_every_option_and_a_whole_command(script: str) -> None:
     done = run(script, "--help")
     assert done.returncode == 0 and done.stderr == ""
-    assert {"--dry-run", "-h, --help"} <= set(re.findall(r"^  (-h, --help|--dry-run)", done.stdout, re.MULTILINE))
+    assert {"--dry-run", "-h, --help"} <= set(
+        re.findall(r"^  (-h, --help|--dry-run)", done.stdout, re.MULTILINE)
+    )
     assert f"launch/{script}" in done.stdout or script == "slurm_job.sh"
     assert max(map(len, done.stdout.splitlines())) <= 128
 
@@ -67,7 +69,7 @@ def test_help_tells_every_option_and_a_whole_command(script: str) -> None:
 def test_every_option_of_the_help_is_read(script: str) -> None:
     """An option that is declared in the text alone would be accepted and forgotten."""
     text = (LAUNCH / script).read_text()
-    _, _, code = text.partition('-h, --help')
+    _, _, code = text.partition("-h, --help")
     for option in re.findall(r"^  --([a-z][a-z-]*)", run(script, "--help").stdout, re.MULTILINE):
         variable = option.replace("-", "_")
         shared = (LAUNCH / "slices.sh").read_text() + (LAUNCH / "shell.sh").read_text()
@@ -106,12 +108,24 @@ def test_a_mistake_is_told_with_its_remedy(arguments: tuple[str, ...], message: 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("gce_instance_group.sh", (*GROUP, "--topology", "v5e:4x4", *TRAIN), "use launch/tpu_queued_resources.sh"),
-        ("skypilot.sh", ("--name", "a", "--bucket", "b", "--topology", "tpu7x:2x2x1", *TRAIN), "launch/xpk.sh"),
+        (
+            "gce_instance_group.sh",
+            (*GROUP, "--topology", "v5e:4x4", *TRAIN),
+            "use launch/tpu_queued_resources.sh",
+        ),
+        (
+            "skypilot.sh",
+            ("--name", "a", "--bucket", "b", "--topology", "tpu7x:2x2x1", *TRAIN),
+            "launch/xpk.sh",
+        ),
         ("skypilot.sh", ("--name", "a", "--bucket", "b", "--gpus", "H200:8"), "say behind -- what to train"),
         ("slurm.sh", ("--name", "a"), "--time must be given, for example: --time 1-00:00:00"),
         ("local_cpu.sh", ("--processes", "3", *TRAIN), "--devices 8 cannot be shared out among 3 processes"),
-        ("supervise.sh", ("avlm", "train"), "the command stands behind --: launch/supervise.sh -- avlm train"),
+        (
+            "supervise.sh",
+            ("avlm", "train"),
+            "the command stands behind --: launch/supervise.sh -- avlm train",
+        ),
         ("xpk.sh", (), "--cluster, --zone, --project must be given"),
     ],
 )
@@ -155,7 +169,9 @@ def test_every_word_survives_slurm_and_the_unit(echo: Path) -> None:
     assert submitted[submitted.index("--") + 1 :] == words
     assert tasks[tasks.index("--") + 1 :] == ["avlm", "train", *words]
 
-    printed = run("on_worker.sh", "start", "--name", "a", "--bucket", "b", "--dry-run", *TRAIN, *HOSTILE).stdout
+    printed = run(
+        "on_worker.sh", "start", "--name", "a", "--bucket", "b", "--dry-run", *TRAIN, *HOSTILE
+    ).stdout
     script = printed[printed.index("exec bash") : printed.index("END\ncat")]
     (unit,) = words_of(script, echo)
     assert unit[unit.index("--") + 2 :] == ["train", *words]
@@ -180,7 +196,18 @@ def test_no_secret_stands_in_a_command() -> None:
     secret = "wandb-0123456789"
     done = run(
         "skypilot.sh",
-        *("--name", "a", "--bucket", "b", "--gpus", "H200:8", "--secret", "WANDB_API_KEY", "--dry-run", *TRAIN),
+        *(
+            "--name",
+            "a",
+            "--bucket",
+            "b",
+            "--gpus",
+            "H200:8",
+            "--secret",
+            "WANDB_API_KEY",
+            "--dry-run",
+            *TRAIN,
+        ),
         WANDB_API_KEY=secret,
     )
     assert done.returncode == 0 and "--secret WANDB_API_KEY" in done.stdout and secret not in done.stdout
@@ -189,5 +216,7 @@ def test_no_secret_stands_in_a_command() -> None:
 def test_the_job_file_of_skypilot_says_what_the_script_sets() -> None:
     job = (LAUNCH / "skypilot.yaml").read_text()
     declared = re.findall(r"^  (AVLM_[A-Z]+):", job, re.MULTILINE)
-    printed = run("skypilot.sh", "--name", "a", "--bucket", "b", "--gpus", "H200:8", "--dry-run", *TRAIN).stdout
+    printed = run(
+        "skypilot.sh", "--name", "a", "--bucket", "b", "--gpus", "H200:8", "--dry-run", *TRAIN
+    ).stdout
     assert sorted(declared) == sorted(re.findall(r"(AVLM_[A-Z]+)=", printed))

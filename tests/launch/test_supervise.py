@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -27,14 +28,14 @@ sys.exit(code)
 """
 # Says when it is ready, saves for a moment after SIGTERM, and ends as `avlm train` does.
 SAVING = """
-import signal, sys, time
+import os, signal, sys, time
 def save(*_):
     print("saving", flush=True)
     time.sleep(0.5)
     print("saved", flush=True)
     sys.exit(143)
 signal.signal(signal.SIGTERM, save)
-print("ready", flush=True)
+print(os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -42,7 +43,16 @@ time.sleep(60)
 def supervise(counter: Path, *codes: int, options: tuple[str, ...] = ()) -> tuple[int, int, str]:
     """(exit code, attempts, stderr)."""
     done = run(
-        "supervise.sh", "--pause", "0", *options, "--", sys.executable, "-c", SCRIPTED, str(counter), *map(str, codes)
+        "supervise.sh",
+        "--pause",
+        "0",
+        *options,
+        "--",
+        sys.executable,
+        "-c",
+        SCRIPTED,
+        str(counter),
+        *map(str, codes),
     )
     return done.returncode, len(counter.read_text()), done.stderr
 
@@ -85,7 +95,9 @@ def test_the_report_outlives_the_machine(tmp_path: Path) -> None:
 
 def test_a_report_that_cannot_be_written_does_not_end_the_run(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    code, attempts, told = supervise(tmp_path / "n", 75, 0, options=("--report", str(tmp_path / "file" / "x")))
+    code, attempts, told = supervise(
+        tmp_path / "n", 75, 0, options=("--report", str(tmp_path / "file" / "x"))
+    )
     assert (code, attempts) == (0, 2) and "cannot write" in told
 
 
@@ -96,12 +108,15 @@ def test_a_signal_lets_it_save_and_is_the_end(signum: int, tmp_path: Path) -> No
         ["bash", str(LAUNCH / "supervise.sh"), "--report", str(reports), "--", sys.executable, "-c", SAVING],
         cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
     (status,) = reports.glob("*.status")
     assert status.read_text() == "running 1\n"
     process.send_signal(signum)
-    rest, _ = process.communicate(timeout=30)
-    assert rest == "saving\nsaved\n" and process.returncode == 143
+    assert process.wait(timeout=30) == 143
+    with pytest.raises(ProcessLookupError):  # It was waited for: nothing trains on behind a launcher that has gone.
+        os.kill(pid, 0)
+    assert process.stdout.read() == "saving\nsaved\n"
     assert status.read_text() == "ended 143 after 1 attempts\n"
 
 

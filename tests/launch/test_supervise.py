@@ -114,7 +114,9 @@ def test_a_signal_lets_it_save_and_is_the_end(signum: int, tmp_path: Path) -> No
     assert status.read_text() == "running 1\n"
     process.send_signal(signum)
     assert process.wait(timeout=30) == 143
-    with pytest.raises(ProcessLookupError):  # It was waited for: nothing trains on behind a launcher that has gone.
+    with pytest.raises(
+        ProcessLookupError
+    ):  # It was waited for: nothing trains on behind a launcher that has gone.
         os.kill(pid, 0)
     assert process.stdout.read() == "saving\nsaved\n"
     assert status.read_text() == "ended 143 after 1 attempts\n"

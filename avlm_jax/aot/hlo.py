@@ -1,7 +1,8 @@
 """Reads XLA's optimised program as text: how often each part runs, which collectives it holds, what it moves.
 
-XLA's own cost analysis counts the body of a loop once, and a scan over 28 layers is a loop; here a body counts as often as
-`known_trip_count` says. The program is that of one device (SPMD), so all bytes are bytes per device.
+XLA's own cost analysis counts the body of a loop once, and a scan over 28 layers is a loop; here a body counts as often as it
+runs: XLA's note `known_trip_count`, or (libtpu leaves none) what the loop's counter starts with, adds and is compared to. The
+program is that of one device (SPMD), so all bytes are bytes per device.
 """
 
 from __future__ import annotations
@@ -70,11 +71,6 @@ class Instruction:
             for name in re.findall(r"[\w.\-]+", group)
         )
 
-    def trip_count(self) -> int | None:
-        """Of a `while`; None if XLA does not know it."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
-
 
 Computation = dict[str, Instruction]
 
@@ -102,8 +98,12 @@ class Module:
         def visit(name: str, times: float) -> None:
             runs[name] = runs.get(name, 0.0) + times
             for instruction in self.computations[name].values():
-                for called, factor in _scheduled(instruction):
-                    visit(called, times * factor)
+                if instruction.opcode == "while":
+                    count = self.trip_count(instruction, self.computations[name])
+                    visit(_attribute(instruction, "body"), times * (1 if count is None else count))
+                elif instruction.opcode in ("conditional", "call"):
+                    for called in instruction.called():
+                        visit(called, times)
 
         visit(self.entry, 1.0)
         return runs
@@ -115,8 +115,27 @@ class Module:
             instruction.name
             for name in self.runs
             for instruction in self.computations[name].values()
-            if instruction.opcode == "while" and instruction.trip_count() is None
+            if instruction.opcode == "while" and self.trip_count(instruction, self.computations[name]) is None
         ]
+
+    def trip_count(self, loop: Instruction, caller: Computation) -> int | None:
+        """How often a `while` of computation `caller` runs its body; None if it is no plain counter."""
+        if note := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(note[1])
+        condition = self.computations[_attribute(loop, "condition")]
+        body = self.computations[_attribute(loop, "body")]
+        test = _root(condition)
+        if test.opcode != "compare" or "direction=LT" not in test.attributes or len(test.operands) != 2:
+            return None
+        counter, bound = condition.get(test.operands[0]), _constant(condition, test.operands[1])
+        place = _element(counter)
+        if place is None or bound is None:
+            return None
+        start = _constant(caller, _item(caller, loop.operands[0], place))
+        step = _step(body, place)
+        if start is None or not step:
+            return None
+        return max(0, -(-(bound - start) // step))
 
     def within(self, instruction: Instruction) -> Iterator[Instruction]:
         """Instructions of the computations that a fusion or an asynchronous wrapper holds, to any depth."""
@@ -126,15 +145,53 @@ class Module:
                 yield from self.within(inner)
 
 
-def _scheduled(instruction: Instruction) -> Iterator[tuple[str, float]]:
-    """(computation, how often) that an instruction runs as a program of its own, not as part of a kernel."""
-    if instruction.opcode == "while":
-        count = instruction.trip_count()
-        body = re.search(r"body=%?([\w.\-]+)", instruction.attributes)
-        if body:
-            yield body[1], float(1 if count is None else count)
-    elif instruction.opcode in ("conditional", "call"):
-        yield from ((name, 1.0) for name in instruction.called())
+def _attribute(instruction: Instruction, name: str) -> str:
+    found = re.search(rf"{name}=%?([\w.\-]+)", instruction.attributes)
+    if found is None:
+        raise HloError(f"{instruction.name} has no {name}")
+    return found[1]
+
+
+def _root(computation: Computation) -> Instruction:
+    return next(instruction for instruction in computation.values() if instruction.root)
+
+
+def _element(instruction: Instruction | None) -> int | None:
+    """Which item of a loop's tuple an instruction takes out."""
+    if instruction is None or instruction.opcode != "get-tuple-element":
+        return None
+    found = re.search(r"index=(\d+)", instruction.attributes)
+    return int(found[1]) if found else None
+
+
+def _item(computation: Computation, name: str, place: int) -> str:
+    """Name of what lies at `place` of the tuple `name`; empty if that is no tuple."""
+    made = computation.get(name)
+    if made is None or made.opcode != "tuple" or place >= len(made.operands):
+        return ""
+    return made.operands[place]
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    """The whole number that an instruction is a copy of."""
+    made = computation.get(name)
+    while made is not None and made.opcode in ("copy", "bitcast", "copy-done", "copy-start") and made.operands:
+        made = computation.get(made.operands[0])
+    if made is None or made.opcode != "constant" or not re.fullmatch(r"-?\d+", made.argument):
+        return None
+    return int(made.argument)
+
+
+def _step(body: Computation, place: int) -> int | None:
+    """What a loop's body adds to its counter, the item at `place` of its tuple."""
+    made = body.get(_item(body, _root(body).name, place))
+    while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
+        made = body.get(made.operands[0])
+    if made is None or made.opcode != "add":
+        return None
+    constants = [_constant(body, name) for name in made.operands]
+    taken = [_element(body.get(name)) for name in made.operands]
+    return next((number for number in constants if number is not None), None) if place in taken else None
 
 
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$")

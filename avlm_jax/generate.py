@@ -24,8 +24,9 @@ from avlm_jax.checkpoint import CONFIG_FILE, METADATA_FILE, CheckpointError, loa
 from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
-from avlm_jax.sharding import make_mesh, put_batch, replicated, shard_params
+from avlm_jax.sharding import put_batch, replicated
 from avlm_jax.state import Tree, flatten
+from avlm_jax.weights.placement import place_params
 from input_pipeline.conversation import Template, end_of_turn_id
 from input_pipeline.errors import UserError
 
@@ -87,8 +88,8 @@ class Generator:
         if stop_ids is None:
             stop_ids = find_stop_ids(assembly.tokenizer, assembly.template)
         self.stop_ids = tuple(stop_ids)
-        self._mesh = make_mesh(**assembly.config.mesh)
-        self._params = shard_params(params, self._mesh)
+        self._mesh = assembly.mesh
+        self._params = place_params(params, self._mesh)
         self._programs = _compile(assembly.system, max_new_tokens)
 
     def __call__(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> Generation:

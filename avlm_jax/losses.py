@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from avlm_jax.sharding import constrain
+
 
 def masked_cross_entropy(
     hidden: Float[Array, "b l d"],
@@ -60,13 +62,14 @@ def masked_cross_entropy(
     mask = jnp.pad(mask[:, 1:], ((0, 0), (0, padding + 1)))
     # Media placeholders may lie beyond the head's rows; no gather may see them.
     targets = jnp.where(mask, targets, 0)
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
-    head = head.astype(hidden.dtype)
+    hidden = jnp.pad(constrain(hidden, "batch"), ((0, 0), (0, padding), (0, 0)))
+    head = constrain(head.astype(hidden.dtype), None, "tensor")  # Fetched once and not by every chunk.
 
     # prevent_cse is only needed outside of scan; within it would only block fusion.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def chunk_sums(hidden: jax.Array, head: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple:
         logits = jnp.einsum("bcd,dv->bcv", hidden, head, preferred_element_type=jnp.float32)
+        logits = constrain(logits, "batch", None, "tensor")
         log_normaliser = jax.nn.logsumexp(logits, axis=-1)
         target_logits = jnp.take_along_axis(logits, targets[:, :, None], axis=-1)[:, :, 0]
         losses = jnp.where(mask, log_normaliser - target_logits, 0.0)
@@ -78,7 +81,7 @@ def masked_cross_entropy(
         return jax.tree.map(jnp.add, sums, chunk_sums(hidden, head, targets, mask)), None
 
     def by_chunk(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x.reshape(b, chunks, chunk, *x.shape[2:]), 1, 0)
+        return constrain(jnp.moveaxis(x.reshape(b, chunks, chunk, *x.shape[2:]), 1, 0), None, "batch")
 
     zero = jnp.zeros((), jnp.float32)
     sums, _ = jax.lax.scan(body, (zero, zero, zero), (by_chunk(hidden), by_chunk(targets), by_chunk(mask)))

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, UInt8
 from avlm_jax.layers.attention import attention
 from avlm_jax.layers.mlp import Mlp
 from avlm_jax.layers.norms import LayerNorm
+from avlm_jax.sharding import constrain
 
 _gelu = functools.partial(jax.nn.gelu, approximate=True)  # "gelu_pytorch_tanh" in the released config.json.
 
@@ -47,6 +48,7 @@ class SiglipConfig:
         ln_eps: of every layer norm.
         dtype: of activations and matrix products; norms and softmax stay fp32.
         backend: of `avlm_jax.layers.attention.attention`.
+        chunk: frames of each row that are encoded at a time while training, 0 = all; see `avlm_jax.encoders.frozen`.
 
     Raises:
         ValueError: a size is not positive, width does not divide by num_heads, the image is smaller than a
@@ -62,12 +64,15 @@ class SiglipConfig:
     feature_layer: int = -2
     ln_eps: float = 1e-6
     dtype: str = "float32"
-    backend: str = "reference"
+    backend: str = "auto"
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "mlp_dim", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vision.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.chunk < 0:
+            raise ValueError(f"vision.chunk is {self.chunk}; it must be at least 0 (all frames at once)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"vision.width {self.width} does not divide by vision.num_heads {self.num_heads}"
@@ -103,7 +108,7 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
-    backend: str = "reference"
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"], memory: Float[Array, "n s d"]) -> Float[Array, "n t d"]:
@@ -135,7 +140,7 @@ class EncoderLayer(nn.Module):
         h = LayerNorm(c.ln_eps, name="ln1")(x)
         x = x + MultiHeadAttention(c.num_heads, c.dtype, c.backend, name="attn")(h, h)
         h = LayerNorm(c.ln_eps, name="ln2")(x)
-        return x + Mlp(c.mlp_dim, _gelu, c.dtype, name="mlp")(h), None
+        return constrain(x + Mlp(c.mlp_dim, _gelu, c.dtype, name="mlp")(h), ("batch", "tensor")), None
 
 
 class AttentionPooling(nn.Module):
@@ -189,7 +194,7 @@ class SiglipEncoder(nn.Module):
         # The strided convolution as one matrix product: the same sum, and fast on every device.
         x = nn.Dense(c.width, dtype=c.dtype, name="patch_embed")(patchify(pixels, c.patch_size))
         pos_embed = self.param("pos_embed", nn.initializers.normal(c.width**-0.5), (c.num_patches, c.width))
-        x = x + pos_embed.astype(x.dtype)[None]
+        x = constrain(x + pos_embed.astype(x.dtype)[None], ("batch", "tensor"))  # Pictures do not mix.
         if num_layers:
             layers = nn.scan(
                 EncoderLayer, variable_axes={"params": 0}, split_rngs={"params": True}, length=num_layers

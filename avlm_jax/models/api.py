@@ -17,8 +17,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
-from avlm_jax.llm.decoder import Decoder, KVCache, causal_mask
+from avlm_jax.layers.mask import AttentionMask, causal_mask
+from avlm_jax.llm.decoder import Decoder, KVCache
 from avlm_jax.losses import masked_cross_entropy
+from avlm_jax.sharding import constrain
 
 SYSTEMS = ("savenvideo",)
 
@@ -83,6 +85,11 @@ class System(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must encode audio windows")
 
+    @property
+    def heads(self) -> dict[str, int]:
+        """Attention heads that tensor parallelism divides among devices (see `sharding.RULES`), by their config keys."""
+        raise NotImplementedError(f"{type(self).__name__} must say which heads tensor parallelism divides")
+
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         raise NotImplementedError(f"{type(self).__name__} must turn a batch into media tokens")
 
@@ -120,13 +127,13 @@ class System(nn.Module):
         llm: Decoder = self.llm
         embeddings, segment_ids = self.spliced(batch)
         b, length = batch["tokens"].shape
-        seen = jnp.pad(segment_ids > 0, ((0, 0), (0, slots - length)))
-        mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, slots - length)))
+        keys = jnp.pad(segment_ids, ((0, 0), (0, slots - length)))
+        mask = AttentionMask(causal=True, segments=segment_ids, kv_segments=keys)
         cache = KVCache.zeros(llm.config, b, slots)
         hidden, cache = llm(embeddings, batch["positions"], mask, cache)
         last = jnp.sum(batch["segment_ids"] > 0, axis=1) - 1  # Rows are right-padded.
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self._head(hidden), cache, seen
+        return self._head(hidden), cache, keys > 0
 
     def extend(
         self, tokens: Int[Array, b], positions: Int[Array, b], cache: KVCache, seen: Bool[Array, "b s"]
@@ -134,7 +141,9 @@ class System(nn.Module):
         """One more token per row: fp32 logits for the next one, the advanced cache and its filled slots."""
         llm: Decoder = self.llm
         seen = seen | (jnp.arange(seen.shape[1]) == cache.index)[None]
-        hidden, cache = llm(llm.embed(tokens[:, None]), positions[:, None], seen[:, None], cache)
+        hidden, cache = llm(
+            llm.embed(tokens[:, None]), positions[:, None], AttentionMask(kv_valid=seen), cache
+        )
         return self._head(hidden[:, 0]), cache, seen
 
     def _head(self, hidden: Float[Array, "b d"]) -> Float[Array, "b v"]:
@@ -161,7 +170,7 @@ def splice(
     # where, not a product: a masked token's content cannot leak even if it is not finite.
     keep = here & valid
     embeddings = jnp.where(keep[:, :, None], spliced, jnp.where(here[:, :, None], 0, embeddings))
-    return embeddings, jnp.where(here & ~valid, 0, segment_ids)
+    return constrain(embeddings, "batch"), jnp.where(here & ~valid, 0, segment_ids)
 
 
 def build_system(config: ConfigDict, media_token_id: int) -> System:

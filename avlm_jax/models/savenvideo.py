@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,10 +21,12 @@ from avlm_jax.connectors import avts as avts_lib
 from avlm_jax.connectors.avts import AvtsConfig, Perceptron, Resampler, Tokens
 from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_tokens
 from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder, token_mask
+from avlm_jax.encoders.frozen import encode_frozen
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.models.api import EncoderSpec, MediaTokens, System
+from avlm_jax.sharding import constrain
 from input_pipeline.spec import FBANK_FRAME_LENGTH, FBANK_FRAME_SHIFT, SAMPLE_RATE, MediaSpec
 
 
@@ -61,7 +64,8 @@ class Connector(nn.Module):
         time = Tokens(self.tlp(seconds, batch["duration"]), seconds, mask, spans=spans)
         visual = dataclasses.replace(visual, features=self.visual_mlp(visual.features))
         audio = dataclasses.replace(audio, features=self.audio_mlp(audio.features))
-        return MediaTokens(*self.resampler(visual, audio, time, batch["duration"]))
+        embeddings, mask = self.resampler(visual, audio, time, batch["duration"])
+        return MediaTokens(constrain(embeddings, "batch"), constrain(mask, "batch"))
 
 
 class SaveNVideo(System):
@@ -89,6 +93,16 @@ class SaveNVideo(System):
     @property
     def connector_width(self) -> int:
         return self.avts_config.d_model or self.llm_config.width
+
+    @property
+    def heads(self) -> dict[str, int]:
+        heads = {
+            "model.llm.num_heads": self.llm_config.num_heads,
+            "model.llm.num_kv_heads": self.llm_config.num_kv_heads,
+        }
+        if self.avts_config.resampler == "avts" and self.avts_config.attention == "mha":
+            heads["model.avts.num_heads"] = self.avts_config.num_heads
+        return heads
 
     @property
     def num_media_tokens(self) -> int:
@@ -132,18 +146,15 @@ class SaveNVideo(System):
         if "frame_features" in batch:
             frames = batch["frame_features"].astype(self.vision_config.dtype)
         else:
-            pixels = batch["frames"]
-            flat = pixels.reshape(-1, *pixels.shape[2:])
-            frames = self._where_any(batch["frame_mask"], SaveNVideo.encode_frames, flat)
-            frames = frames.reshape(*pixels.shape[:2], *frames.shape[1:])
+            encode = partial(encode_frozen, encode=SaveNVideo.encode_frames, chunk=self.vision_config.chunk)
+            frames = self._where_any(batch["frame_mask"], encode, batch["frames"])
         if "audio_features" in batch:
             windows = batch["audio_features"].astype(self.audio_config.dtype)
         else:
+            encode = partial(encode_frozen, encode=SaveNVideo.encode_audio, chunk=self.audio_config.chunk)
             audio, spans, mask = batch["audio"], batch["audio_spans"], batch["audio_mask"]
-            flat = audio.reshape(-1, audio.shape[-1]), spans.reshape(-1, 2), mask.reshape(-1)
-            windows = self._where_any(mask, SaveNVideo.encode_audio, *flat)
-            windows = windows.reshape(*audio.shape[:2], *windows.shape[1:])
-        return frames, windows
+            windows = self._where_any(mask, encode, audio, spans, mask)
+        return constrain(frames, "batch"), constrain(windows, "batch")
 
     def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:
         return self.vision(frames)

@@ -255,7 +255,10 @@ def gradients_of(assemblies: dict[str, Assembly], params: dict[str, Tree]) -> Ca
     compiled = compile_quickly(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
     def gradients(batch: Batch) -> Gradients:
-        (trained, sound), sums = jax.device_get(compiled(trees[0], batch["audio"], trees[1], batch))
+        with pytest.MonkeyPatch.context() as patch:
+            # The encoder is frozen; only through it can be seen which samples were read.
+            patch.setattr(frozen_encoders, "stop_gradient", lambda features: features)
+            (trained, sound), sums = jax.device_get(compiled(trees[0], batch["audio"], trees[1], batch))
         return Gradients(tuple(float(x) for x in sums), flatten(trained), sound)
 
     return gradients

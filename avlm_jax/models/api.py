@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
+from avlm_jax.flops import Segment
 from avlm_jax.llm.decoder import Decoder, KVCache, causal_mask
 from avlm_jax.losses import masked_cross_entropy
 
@@ -82,6 +83,10 @@ class System(nn.Module):
             mask: False for a window that is none.
         """
         raise NotImplementedError(f"{type(self).__name__} must encode audio windows")
+
+    def media_work(self, clips: int, *, video: str, audio: str) -> list[Segment]:
+        """What `media_tokens` of so many clips multiplies, in its order; see `flops.step_flops` for the arguments."""
+        raise NotImplementedError(f"{type(self).__name__} must tell what its media cost")
 
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         raise NotImplementedError(f"{type(self).__name__} must turn a batch into media tokens")

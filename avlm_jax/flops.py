@@ -11,16 +11,19 @@ A product [m k] x [k n] takes 2 m k n operations, and so does each of the two pr
     input_gradient  only where something that is trained lies in the same segment or before it: in stages 1a and 1b the whole
                     frozen language model passes gradients back to the media tokens, frozen encoders pass none
     weight_gradient only of trained kernels: with adapters on a frozen base a token costs 4 N operations, not 6 N
-    recomputed      what rematerialisation runs a second time, see `RECOMPUTED`; the loss head always does, by chunks
+    recomputed      what rematerialisation runs a second time, see `KEPT`; the loss head always does, by chunks
 
-Model FLOPs are the first three. Hardware FLOPs are all four, and frozen adapters (a stage that trains none still runs them;
-they could be merged into their kernels, so they are no work of the model).
+    extra           what a leaner program would not run: frozen adapters (a stage that trains none still runs them, they could
+                    be merged into their kernels), and the half of causal attention's square that the reference backend
+                    computes and throws away
+
+Model FLOPs are the first three, hardware FLOPs all five.
 
 Counted are linear layers, adapters, attention's two products and BEATs' convolution, not norms, softmax, rotary positions,
-the filterbank and the optimizer. Causal attention counts as half of the square, as kernels compute it (MaxText counts so as
-well; docs/reference/performance_metrics.md), packed rows as if they were one sequence. Shapes are static, so padded
-positions, frames and windows count; a modality that no row of a step has is skipped and does not, nor does an encoder whose
-features were read.
+the filterbank and the optimizer, nor what attention kernels compute twice inside of themselves. Causal attention counts as
+half of the square (as in MaxText, docs/reference/performance_metrics.md), packed rows as if they were one sequence. Shapes
+are static, so padded positions, frames and windows count; a modality that no row of a step has is skipped and does not, nor
+does an encoder whose features were read.
 """
 
 from __future__ import annotations
@@ -38,14 +41,14 @@ if TYPE_CHECKING:
     from avlm_jax.models.api import System
 
 PARTS = ("vision", "audio", "connector", "llm", "head")
-Kind = Literal["dense", "lora", "attention"]
+Result = Literal["", "qkv", "attention", "output"]
 
-# Kinds of products that each policy of model.llm.remat (see `llm.decoder`) runs again in the backward pass.
-RECOMPUTED: Mapping[str, tuple[Kind, ...]] = {
-    "none": (),
-    "full": ("dense", "lora", "attention"),
-    "minimal": ("attention",),
-    "offload": ("attention",),
+# Results of a layer that need not be computed again, by the policy of model.llm.remat (`llm.remat`). A layer's output is
+# what the next one keeps as its input.
+KEPT: Mapping[str, tuple[Result, ...]] = {
+    "full": ("output",),
+    "minimal": ("output", "qkv", "attention"),
+    "offload": ("output", "qkv", "attention"),
 }
 
 
@@ -55,18 +58,17 @@ class Matmul:
 
     Attributes:
         flops: of the forward product.
-        path: of its kernel; empty for a product of two activations, both of which then may need a gradient.
-        kind: what rematerialisation asks for.
+        path: of its kernel; empty for attention, a product of two activations, both of which may need a gradient.
+        result: what it gives, where a remat policy asks; "" is something that none of them keeps.
         first: its input is the segment's input, which needs a gradient only if something before the segment is trained.
-        last: its result goes into the layer's output and nowhere else, so that recomputing a layer leaves it out; that of a
-            trained lora_a is wanted all the same, for the gradient of its lora_b.
+        run: how many times `flops` the backend really computes.
     """
 
     flops: float
     path: str = ""
-    kind: Kind = "dense"
+    result: Result = ""
     first: bool = False
-    last: bool = False
+    run: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Segment:
         prefix: of its parameters' paths.
         matmuls: its products.
         upstream: prefixes of the segments whose results it reads.
-        remat: a key of `RECOMPUTED`.
+        remat: "none", or a key of `KEPT`.
     """
 
     prefix: str
@@ -101,7 +103,7 @@ class PartFlops:
     input_gradient: float = 0.0
     weight_gradient: float = 0.0
     recomputed: float = 0.0
-    frozen_adapters: float = 0.0
+    extra: float = 0.0
 
     @property
     def model(self) -> float:
@@ -109,7 +111,7 @@ class PartFlops:
 
     @property
     def hardware(self) -> float:
-        return self.model + self.recomputed + self.frozen_adapters
+        return self.model + self.recomputed + self.extra
 
     def __add__(self, other: PartFlops) -> PartFlops:
         mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
@@ -144,7 +146,7 @@ def step_flops(
     clips: int | None = None,
     video: Literal["pixels", "features", "none"] = "pixels",
     audio: Literal["samples", "features", "none"] = "samples",
-    causal: float = 0.5,
+    backend: Literal["reference", "cudnn", "splash"] = "splash",
 ) -> Flops:
     """Operations of one optimizer step, all micro-batches and devices together.
 
@@ -155,12 +157,12 @@ def step_flops(
         length: text positions of a row, media included.
         clips: media of the batch; default one a row. 0: text alone, neither encoders nor connector run.
         video, audio: what the batch holds; "features" are cached ones, "none" means that no row has the modality.
-        causal: share of the square of a causal attention that counts; 1 is what the reference backend runs.
+        backend: that the language model's attention runs on.
     """
     clips = rows if clips is None else clips
     segments = [] if clips == 0 else list(system.media_work(clips, video=video, audio=audio))
     before = tuple(segment.prefix for segment in segments)
-    segments += decoder_work(system.llm_config, rows, length, upstream=before, causal=causal)
+    segments += decoder_work(system.llm_config, rows, length, upstream=before, backend=backend)
     return count(segments, trainable)
 
 
@@ -174,24 +176,31 @@ def count(segments: Sequence[Segment], trainable: Collection[str]) -> Flops:
         if fed or own:
             live.add(segment.prefix)
         for matmul in segment.matmuls:
-            parts[segment.part] += _of(matmul, segment.remat, trainable, fed=fed, live=fed or own)
+            parts[segment.part] += _of(matmul, segment, trainable, fed=fed, live=fed or own)
     return Flops(parts)
 
 
-def _of(matmul: Matmul, remat: str, trainable: Collection[str], *, fed: bool, live: bool) -> PartFlops:
+def _of(matmul: Matmul, segment: Segment, trainable: Collection[str], *, fed: bool, live: bool) -> PartFlops:
     flops, trained = matmul.flops, matmul.path in trainable
-    operands = 2 if matmul.kind == "attention" else 1
+    adapter = matmul.path.endswith(("/lora_a", "/lora_b"))
+    operands = 1 if matmul.path else 2
     into = operands * flops if live and (fed or not matmul.first) else 0.0
-    # Where no gradient flows nothing is kept for it, and nothing is computed again.
-    wanted = not matmul.last or (trained and matmul.path.endswith("/lora_a"))
-    again = flops if live and wanted and matmul.kind in RECOMPUTED[remat] else 0.0
-    if matmul.kind == "lora" and not trained:
-        return PartFlops(frozen_adapters=flops + into + again)
-    return PartFlops(flops, into, flops if trained else 0.0, again)
+    weights = flops if trained else 0.0
+    kept = segment.remat == "none" or (matmul.result and matmul.result in KEPT[segment.remat])
+    if trained and matmul.path.endswith(
+        "/lora_a"
+    ):  # The gradient of its lora_b asks for it, whatever comes of that.
+        kept = segment.remat == "none"
+    # Where no gradient flows nothing is computed again.
+    again = flops if live and not kept else 0.0
+    total = flops + into + weights + again
+    if adapter and not trained:
+        return PartFlops(extra=total)
+    return PartFlops(flops, into, weights, again, total * (matmul.run - 1.0))
 
 
 def decoder_work(
-    config: DecoderConfig, rows: int, length: int, *, upstream: tuple[str, ...] = (), causal: float = 0.5
+    config: DecoderConfig, rows: int, length: int, *, upstream: tuple[str, ...] = (), backend: str = "splash"
 ) -> list[Segment]:
     """The language model's layers and its loss head."""
     tokens, c = rows * length, config
@@ -206,15 +215,18 @@ def decoder_work(
         "mlp/down": (c.mlp_dim, c.width),
     }
     matmuls = []
+    results = {"attn/q": "qkv", "attn/k": "qkv", "attn/v": "qkv", "mlp/down": "output"}
     for name, (k, n) in sizes.items():
-        path, last = f"llm/layers/{name}", name == "mlp/down"
-        matmuls.append(Matmul(2.0 * c.depth * tokens * k * n, f"{path}/kernel", last=last))
+        path, result = f"llm/layers/{name}", results.get(name, "")
+        matmuls.append(Matmul(2.0 * c.depth * tokens * k * n, f"{path}/kernel", result))
         if c.lora.rank and name.split("/")[1] in c.lora.targets:
             for half, size in (("a", k), ("b", n)):
                 flops = 2.0 * c.depth * tokens * c.lora.rank * size
-                matmuls.append(Matmul(flops, f"{path}/lora_{half}", "lora", last=last))
-    scores = 4.0 * c.depth * rows * length * length * q * causal
-    matmuls.append(Matmul(scores, kind="attention"))
+                matmuls.append(Matmul(flops, f"{path}/lora_{half}", result))
+    triangle = 2.0 * c.depth * rows * length * length * q
+    # Of the backends splash alone gives its result a name by which it is kept.
+    result, run = "attention" if backend == "splash" else "", 2.0 if backend == "reference" else 1.0
+    matmuls.append(Matmul(triangle, result=result, run=run))
     embed = "llm/embed/embedding"
     remat = {True: "full", False: "none"}.get(c.remat, c.remat)
     head = Matmul(2.0 * tokens * c.width * c.vocab_size, embed if c.tie_embeddings else f"{HEAD}/kernel")
@@ -259,7 +271,7 @@ def _encoder_layers(
     matmuls = [Matmul(square, f"{part}/layers/attn/{name}/kernel") for name in "qkvo"]
     perceptron = 2.0 * depth * tokens * width * hidden
     matmuls += [Matmul(perceptron, f"{part}/layers/mlp/{name}/kernel") for name in ("fc1", "fc2")]
-    return [*matmuls, Matmul(4.0 * depth * tokens * per_item * width, kind="attention")]
+    return [*matmuls, Matmul(4.0 * depth * tokens * per_item * width)]
 
 
 def avts_work(
@@ -321,7 +333,7 @@ def resampler_work(
                     Matmul(2.0 * clips * n * width * width, f"{path}/{kernel}/kernel")
                     for kernel, n in tokens.items()
                 ]
-            matmuls.append(Matmul(4.0 * clips * m * read * width, kind="attention"))
+            matmuls.append(Matmul(4.0 * clips * m * read * width))
         hidden = 2.0 * clips * m * width * c.mlp_ratio * width
         matmuls += [Matmul(hidden, f"{prefix}/layer_{layer}/mlp/{name}/kernel") for name in ("fc1", "fc2")]
     matmuls.append(Matmul(2.0 * clips * m * width * out_width, f"{prefix}/out/kernel"))

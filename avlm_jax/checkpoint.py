@@ -13,6 +13,7 @@ flipped bits. A step is a folder that appears by one rename once it is complete:
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import json
 import logging
@@ -240,7 +241,7 @@ class Checkpointer:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state, "rng": state.rng}
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def _flatten_state(tree: Any) -> dict[str, Any]:

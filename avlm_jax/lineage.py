@@ -80,13 +80,15 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
     while ancestor and ancestor not in lineage:
         lineage.add(ancestor)
         ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
-    # Which stages a command runs and how often it logs do not change what a stage is; where its weights and its
-    # tokenizer lie does not either, what they are is compared by hash (`check_weights`).
-    free = ("stages", "log_every", "save_every", "loader", "init", "text.tokenizer")
+    # Which stages a command runs, how often it logs and on which devices it computes do not change what a stage is (but
+    # for the order of sums); where its weights and its tokenizer lie does not either, what they are is compared by hash
+    # (`check_weights`).
+    free = ("stages", "log_every", "save_every", "max_nonfinite", "mesh", "loader", "init", "text.tokenizer")
 
     def counts(key: str) -> bool:
         first, _, rest = key.partition(".")
         named = any(key == name or key.startswith(f"{name}.") for name in free)
+        named |= first == "stage" and rest.endswith(".rows_per_device")
         return not named and (first != "stage" or rest.partition(".")[0] in lineage)
 
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and counts(k))

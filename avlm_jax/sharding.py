@@ -151,7 +151,7 @@ def state_shardings(state: Any, mesh: Mesh, param_shardings: Tree) -> Any:
     replicated.
 
     Args:
-        state: with fields step, trainable, opt_state, rng.
+        state: with fields step, trainable, opt_state, skipped, rng.
         mesh: from `make_mesh`.
         param_shardings: of `state.trainable`.
     """
@@ -167,6 +167,7 @@ def state_shardings(state: Any, mesh: Mesh, param_shardings: Tree) -> Any:
         step=replicated(mesh),
         trainable=param_shardings,
         opt_state=jax.tree.map(place, state.opt_state, is_leaf=mirrors),
+        skipped=replicated(mesh),
         rng=replicated(mesh),
     )
 

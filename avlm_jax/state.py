@@ -117,9 +117,10 @@ class TrainState:
     """What a training step reads and replaces, and all that a checkpoint holds of the model.
 
     Attributes:
-        step: i32 [], optimizer updates done so far.
+        step: i32 [], steps done so far.
         trainable: nested dict of the trainable parameters.
         opt_state: the optimizer's state; its moments mirror `trainable`.
+        skipped: i32 [], how many of those steps changed nothing, their loss or gradient not being finite.
         rng: u32 [2], data of a threefry key. It never changes: `step_key` folds the step in, so that a
             continued run draws what the undisturbed one draws.
     """
@@ -127,6 +128,7 @@ class TrainState:
     step: Int[Array, ""]
     trainable: Tree
     opt_state: optax.OptState
+    skipped: Int[Array, ""]
     rng: UInt32[Array, "key=2"]
 
     @classmethod
@@ -136,6 +138,7 @@ class TrainState:
             step=jnp.zeros((), jnp.int32),
             trainable=trainable,
             opt_state=optimizer.init(trainable),
+            skipped=jnp.zeros((), jnp.int32),
             rng=jax.random.key_data(jax.random.key(seed, impl="threefry2x32")),
         )
 

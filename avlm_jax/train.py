@@ -1,7 +1,8 @@
 """`avlm train`: the loop. One for every system and every stage; read it from top to bottom.
 
-    <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step; since the one before it,
-                                      samples by source and the share of the time that was spent waiting for data
+    <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step, and how many steps were
+                                      skipped so far; since the one before it, samples by source and the share of the time
+                                      that was spent waiting for data
     <workdir>/<stage>/checkpoints/    resumable state: trainable tree, optimizer, data position
     <workdir>/<stage>/final/          what the stage publishes: all that training has learnt so far, config, lineage
 
@@ -14,17 +15,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -46,20 +47,11 @@ from avlm_jax.lineage import (
     check_same_plan,
     load_parent,
 )
-from avlm_jax.models.api import System
-from avlm_jax.optim import OptimConfig, apply_updates, global_norm, learning_rate, make_optimizer
+from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.sharding import make_mesh, param_shardings, put_batch, state_shardings
-from avlm_jax.state import (
-    TrainState,
-    Tree,
-    describe,
-    flatten,
-    format_sizes,
-    merge,
-    split,
-    unflatten,
-)
+from avlm_jax.sharding import make_mesh, put_batch, replicated
+from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
+from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
 from avlm_jax.writer import Console, MetricsWriter
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
@@ -67,11 +59,9 @@ from input_pipeline.mixture import SourceConfig
 
 NAMED = 8  # So many samples of a step that failed are named.
 
-Step = Callable[[TrainState, Tree, dict[str, Array], Array], tuple[TrainState, dict[str, Array]]]
-
 
 class TrainingError(UserError):
-    """Training cannot go on (a non-finite loss); what was saved before is sound."""
+    """Training cannot go on (step after step without a finite loss); what was saved before is sound."""
 
     exit_code = 1
 
@@ -84,6 +74,8 @@ class StageConfig:
         trainable: regexes, each matching whole parameter paths.
         sources: what it trains on, by name.
         batch_size: rows per step over all devices: samples, unless rows are packed.
+        rows_per_device: rows that a device takes at a time; a step is worked through in as many micro-batches as that makes.
+            0: all at once.
         epochs: passes over the sources; used when steps is 0. The last step is filled up from the next pass.
         steps: optimizer steps, or 0.
         max_length: text positions, media included; 0 takes text.max_length. Captions need fewer than questions.
@@ -103,6 +95,7 @@ class StageConfig:
     trainable: tuple[str, ...]
     sources: dict[str, SourceConfig]
     batch_size: int
+    rows_per_device: int = 0
     epochs: float = 1.0
     steps: int = 0
     max_length: int = 0
@@ -125,7 +118,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
 
     Raises:
         ConfigError: a stage of another configuration lies in `workdir`, or a stage's parent is not finished.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss was not finite config.max_nonfinite times in a row.
     """
     workdir = Path(workdir)
     assembly = assemble(config)
@@ -136,11 +129,15 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
             check_finished(assembly, name, finals[name])
             print(f"stage {name}: finished before, {finals[name]}", flush=True)
         else:
-            run_stage(assembly, name, workdir)
+            mesh = make_mesh(**config.mesh)
+            with jax.set_mesh(
+                mesh
+            ):  # What is traced may ask for it: activation constraints, attention kernels.
+                run_stage(assembly, name, workdir, mesh)
     return finals
 
 
-def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
+def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
@@ -153,11 +150,16 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     sources, idle = open_features(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )
+    try:
+        micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
+    except ValueError as error:
+        raise ConfigError(f"config.stage.{name}: {error}") from error
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
         builder,
         batch_size=stage.batch_size,
+        accumulate=micro_batches,
         buckets=stage.buckets,
         pack=stage.pack,
         oversize=stage.oversize,
@@ -170,7 +172,6 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
     total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
     check_same_plan(name, {**loader.state(), "steps": total})
-    mesh = make_mesh(**config.mesh)
     try:
         params, reports = assembly.parameters(learnt, mesh=mesh, fp32=trained, without=idle)
         trainable, frozen = split(params, stage.trainable)
@@ -184,10 +185,9 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
     for part, report in reports.items():
         print(f"{part}: {report}", flush=True)
 
-    optimizer = make_optimizer(stage.optim)
-    state = TrainState.create(trainable, optimizer, config.seed)
-    state = jax.device_put(state, state_shardings(state, mesh, param_shardings(state.trainable, mesh)))
-    step_fn = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk)
+    state = create_state(trainable, stage.optim, config.seed, mesh)
+    del trainable  # Its arrays are the state's now.
+    step = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk, state)
     metadata = {
         "stage": name,
         "parent": parent_hash,
@@ -206,44 +206,55 @@ def run_stage(assembly: Assembly, name: str, workdir: Path) -> None:
             loader.restore(data_state)
             start = int(state.step)
             print(f"stage {name}: continues at step {start} of {total}", flush=True)
+        work = Work(
+            name, config, stage, mesh, step, micro_batches, start, total, {**metadata, "config": made_with}
+        )
         with MetricsWriter(workdir / name, resume_step=start or None) as writer:
-            state = loop(
-                config,
-                stage,
-                state,
-                frozen,
-                step_fn,
-                loader,
-                checkpointer,
-                writer,
-                name,
-                start,
-                total,
-                {**metadata, "config": made_with},
-            )
+            state = loop(work, state, frozen, loader, checkpointer, writer)
     # What earlier stages learnt and this one left alone belongs to the result as well.
-    published = unflatten(flatten(learnt or {}) | flatten(jax.device_get(state.trainable)))
-    save_tree(workdir / name / "final", published, made_with, {**metadata, "steps": total})
+    published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
+    counts = {"steps": total, "skipped": int(state.skipped)}
+    save_tree(workdir / name / "final", published, made_with, metadata | counts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What the loop of one stage is to do.
+
+    Attributes:
+        name: of the stage.
+        config: resolved.
+        stage: its section of config.stage.
+        mesh: of all devices.
+        step: the compiled step.
+        micro_batches: of a step.
+        start, total: steps done before, and steps in all.
+        metadata: to be kept with each checkpoint.
+    """
+
+    name: str
+    config: ConfigDict
+    stage: StageConfig
+    mesh: Mesh
+    step: TrainStep
+    micro_batches: int
+    start: int
+    total: int
+    metadata: Mapping[str, Any]
 
 
 def loop(
-    config: ConfigDict,
-    stage: StageConfig,
+    work: Work,
     state: TrainState,
     frozen: Tree,
-    step_fn: Step,
     loader: Loader,
     checkpointer: Checkpointer,
     writer: MetricsWriter,
-    name: str,
-    start: int,
-    total: int,
-    metadata: Mapping[str, Any],
 ) -> TrainState:
-    """Steps `start`..`total`. Metrics are read one step late, so that the host never waits for the device."""
-    mesh = make_mesh(**config.mesh)
-    console = Console(total, start_step=start, label=f"stage {name}")
-    clock = DataClock()
+    """Steps `work.start`..`work.total`. Metrics are read one step late, so that the host never waits for the device."""
+    config, mesh, total = work.config, work.mesh, work.total
+    console = Console(total, start_step=work.start, label=f"stage {work.name}")
+    clock, nonfinite = DataClock(), Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
 
     def report() -> None:
@@ -253,34 +264,60 @@ def loop(
         number, metrics, lr = pending
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         pending = None
-        if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
-            ids = loader.sample_ids(number - 1, whole=True)
-            more = f" ({NAMED} of {len(ids)})" if len(ids) > NAMED else ""
-            raise TrainingError(
-                f"stage {name}, step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. The samples of "
-                f"that step: {', '.join(ids[:NAMED])}{more}; lower config.stage.{name}.optim.lr or remove the sample, "
-                "then start the same command again"
-            )
         if number % config.log_every == 0 or number == total:
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}
             share = clock.share(batches.waited)
             writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
+        nonfinite.check(number, values)
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
     with Prefetch(loader, lambda batch: put_batch(batch, mesh), config.loader.prefetch) as batches:
-        for number in range(start + 1, total + 1):
-            batch = next(batches)
-            lr = learning_rate(stage.optim, number - 1, total)
-            state, metrics = step_fn(state, frozen, batch, lr)
+        for number in range(work.start + 1, total + 1):
+            lr = learning_rate(work.stage.optim, number - 1, total)
+            rate = jax.device_put(lr, replicated(mesh))
+            # Whatever crosses between host and devices in a step was put there on purpose before.
+            with jax.transfer_guard("disallow"):
+                state, metrics = work.step(state, frozen, batches, rate, work.micro_batches)
             report()
             pending = (number, metrics, lr)
             if number % config.save_every == 0 or number == total:
                 report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
-                # One batch a step: the loader itself is ahead of that.
-                checkpointer.save(number, state, loader.state(number), metadata)
+                # One step after the other: the loader itself is ahead of that.
+                checkpointer.save(number, state, loader.state(number), work.metadata)
     console.close()
     return state
+
+
+class Nonfinite:
+    """Tells of steps that were skipped because their loss or gradient was not finite; too many in a row end the run."""
+
+    def __init__(self, work: Work, loader: Loader) -> None:
+        self._work, self._loader, self._in_a_row = work, loader, 0
+
+    def check(self, number: int, values: Mapping[str, float]) -> None:
+        """To be called for every step, in order.
+
+        Raises:
+            TrainingError: this was the config.max_nonfinite-th skipped step in a row.
+        """
+        if np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"]):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        name, limit = self._work.name, self._work.config.max_nonfinite
+        ids = self._loader.sample_ids(number - 1, whole=True)
+        more = f" ({NAMED} of {len(ids)})" if len(ids) > NAMED else ""
+        told = (
+            f"stage {name}, step {number}: loss {values['loss']}, gradient norm {values['grad_norm']}. The samples of that "
+            f"step: {', '.join(ids[:NAMED])}{more}"
+        )
+        if self._in_a_row >= limit:
+            raise TrainingError(
+                f"{told}. It is the {self._in_a_row}. such step in a row (config.max_nonfinite); lower "
+                f"config.stage.{name}.optim.lr or remove what these samples have in common, then start the same command again"
+            )
+        print(f"{told}; skipped, {values['skipped']:.0f} so far", file=sys.stderr, flush=True)
 
 
 class DataClock:
@@ -295,40 +332,6 @@ class DataClock:
         share = (waited - self._waited) / max(now - self._asked, 1e-9)
         self._asked, self._waited = now, waited
         return share
-
-
-@functools.lru_cache(maxsize=8)
-def make_step(system: System, optim: OptimConfig, chunk: int) -> Step:
-    """One jitted optimizer step; stages with the same trainable parameters share the compiled program.
-
-    Gradients and optimizer state exist for `state.trainable` alone: the frozen tree is an argument that is neither
-    differentiated nor donated.
-    """
-    optimizer = make_optimizer(optim)
-
-    def step(
-        state: TrainState, frozen: Tree, batch: dict[str, Array], lr: Array
-    ) -> tuple[TrainState, dict[str, Array]]:
-        def loss_fn(trainable: Tree) -> tuple[Array, tuple[Array, Array]]:
-            params = merge(trainable, frozen)
-            total, count, hits = system.apply(
-                {"params": params}, batch, chunk, method="loss_sums", rngs={"dropout": state.step_key()}
-            )
-            return total / jnp.maximum(count, 1.0), (count, hits)
-
-        (loss, (count, hits)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
-        trainable, opt_state = apply_updates(
-            optimizer, gradients, state.opt_state, state.trainable, lr, optim.lr_scale
-        )
-        metrics = {
-            "loss": loss,
-            "accuracy": hits / jnp.maximum(count, 1.0),
-            "targets": count,
-            "grad_norm": global_norm(gradients),
-        }
-        return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

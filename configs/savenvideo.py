@@ -58,7 +58,8 @@ def stage(
 ) -> ConfigDict:
     """One stage. `steps` 0 means: as many as `epochs` passes over the sources take.
 
-    To spend less on padding: `buckets` are shorter text lengths that whole batches may have, `pack` is how many clips
+    A step's batch is worked through in micro-batches of `rows_per_device` rows on each device, so that batch_size fits any
+    slice. To spend less on padding: `buckets` are shorter text lengths that whole batches may have, `pack` is how many clips
     may share a row of text (batch_size counts rows).
     """
     return ConfigDict(
@@ -66,6 +67,7 @@ def stage(
             "trainable": trainable,
             "sources": sources,
             "batch_size": batch_size,
+            "rows_per_device": 0,
             "epochs": 1.0,
             "steps": 0,
             "max_length": 0,
@@ -167,6 +169,7 @@ def full() -> ConfigDict:
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "loss_chunk": 256,
+            "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
@@ -181,6 +184,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-3,
                     batch_size=512,
+                    rows_per_device=4,
                 ),
                 "1b": stage(
                     ALIGN_AUDIO,
@@ -191,6 +195,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-3,
                     batch_size=512,
+                    rows_per_device=4,
                     parent="1a",
                 ),
                 "2a": stage(
@@ -202,6 +207,7 @@ def full() -> ConfigDict:
                     },
                     lr=2e-4,
                     batch_size=1024,
+                    rows_per_device=4,
                     parent="1b",
                 ),
                 "2b": stage(
@@ -209,6 +215,7 @@ def full() -> ConfigDict:
                     {"saven_vid": source("records/saven_vid")},
                     lr=2e-4,
                     batch_size=1024,
+                    rows_per_device=4,
                     epochs=2.0,
                     parent="2a",
                 ),

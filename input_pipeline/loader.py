@@ -18,10 +18,10 @@ import numpy as np
 from input_pipeline.errors import UserError
 from input_pipeline.lengths import measure
 from input_pipeline.mixture import Mixture, SourceConfig, open_mixture
-from input_pipeline.records import LENGTHS, SAMPLES
+from input_pipeline.rows import ReadRow, ReadSample, Rows, as_row, stack_rows
 from input_pipeline.schedule import Plan, RowPlan, make_plan
-from input_pipeline.spec import TEXT_KEYS, Batch, check_batch
-from input_pipeline.transforms.sample import Row, SampleBuilder
+from input_pipeline.spec import Batch, check_batch
+from input_pipeline.transforms.sample import SampleBuilder
 
 # Two threads are enough to hide JPEG decoding behind a step and do not fight over the interpreter lock;
 # Grain's default of 16 threads is slower than none on two cores.
@@ -29,156 +29,27 @@ DEFAULT_THREADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class ReadSample:
-    """Global sample number -> Row; numbers from `len(mixture)` on give padding rows (everything masked).
-
-    Attributes:
-        mixture: opened sources.
-        builders: one per source; they differ in the modalities they show.
-    """
-
-    mixture: Mixture
-    builders: tuple[SampleBuilder, ...]
-
-    def __call__(self, number: int) -> Row:
-        if number >= len(self.mixture):
-            return self.padding
-        source, within = self.mixture.locate(number)
-        index = self.mixture.sources[source]
-        try:
-            data = index.reader[int(index.records[within])]
-            return self.builders[source](data, int(index.samples[within]))
-        except UserError as error:
-            # Not a note: Grain adds its own, which say nothing to a user.
-            raise UserError(f"{index.config.records}, sample {within}: {error}") from error
-
-    @functools.cached_property
-    def padding(self) -> Row:
-        """The same row for all: as large as any other, and nobody writes into it."""
-        return self.builders[0].padding_row()
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedRow:
-    """One row of a batch: the clips whose media it holds, empty slots included, and their texts end to end.
-
-    Attributes:
-        clips: one per slot; of an empty slot nothing is valid.
-        text: the arrays of TEXT_KEYS, [l].
-    """
-
-    clips: tuple[Row, ...]
-    text: dict[str, np.ndarray]
-
-
-def pack_row(samples: Sequence[Row], empty: Row | None, slots: int, length: int) -> PackedRow:
-    """Lays the texts of samples end to end into a row: segments 1, 2, ..., positions from 0 in each.
-
-    Args:
-        samples: at most `slots`; their texts are at most `length` long together.
-        empty: a padding row for the slots that are left, and for its text the padding.
-        slots: clips per row.
-        length: l.
-    """
-    rows = [*samples, *([empty] * (slots - len(samples)))]
-    if len(samples) == 1:  # Right-padded already.
-        return PackedRow(tuple(rows), {key: samples[0].arrays[key][:length] for key in TEXT_KEYS})
-    assert empty is not None
-    text = {key: empty.arrays[key][:length].copy() for key in TEXT_KEYS}
-    start = 0
-    for segment, sample in enumerate(samples, 1):
-        stop = start + sample.plan.total
-        for key in TEXT_KEYS:
-            text[key][start:stop] = sample.arrays[key][: stop - start]
-        text["segment_ids"][start:stop] *= segment
-        start = stop
-    return PackedRow(tuple(rows), text)
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadRow:
-    """RowPlan -> PackedRow."""
-
-    read: ReadSample
-    clips_per_row: int
-
-    def __call__(self, planned: RowPlan) -> PackedRow:
-        samples = [self.read(number) for number in planned.numbers]
-        for number, row, tokens in zip(planned.numbers, samples, planned.tokens, strict=True):
-            if row.plan.total != tokens:
-                raise UserError(self._other_length(number, row, tokens))
-        empty = None if self.clips_per_row == 1 else self.read.padding
-        return pack_row(samples, empty, self.clips_per_row, planned.length)
-
-    def _other_length(self, number: int, row: Row, planned: int) -> str:
-        source, within = self.read.mixture.locate(number)
-        index = self.read.mixture.sources[source]
-        records = index.config.records
-        if index.line(within)["conversations"] == row.sample["conversations"]:
-            remedy = f"the lengths in {records}/{LENGTHS} are out of date; delete that folder"
-        else:
-            remedy = (
-                f"{records}/{SAMPLES} does not belong to its records; prepare them again with --overwrite"
-            )
-        return (
-            f"sample {row.sample.get('id')!r} (number {within} of {records}) takes {row.plan.total} tokens, but {planned} "
-            f"were planned for it: {remedy}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class ShareOfRows:
-    """This process's rows of all batches, end to end: row r of process p is row r * process_count + p of the
-    global batch. Endless, random access, no state.
+    """This process's rows of all batches, end to end. Endless, random access, no state.
+
+    A global batch is cut into `accumulate` runs of rows, the micro-batches; row r of process p in micro-batch m is row
+    m * batch_size / accumulate + r * process_count + p of the global batch.
     """
 
     plan: Plan
     process_index: int
     process_count: int
+    accumulate: int = 1
 
     def __len__(self) -> int:
         # As good as endless. sys.maxsize, Grain's own idea of that, overflows in its batches of one row.
         return 2**50
 
     def __getitem__(self, index: int) -> RowPlan:
-        batch, row = divmod(index, self.plan.batch_size // self.process_count)
-        return self.plan.row(batch, row * self.process_count + self.process_index)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A batch and what it holds, one entry per clip.
-
-    Attributes:
-        batch: the arrays.
-        samples: the samples' own fields (id, task, conversations, ...); None for padding.
-        dropped_rounds: dialogue rounds that were dropped because they did not fit.
-        dropped_questions: questions whose text the template leaves out.
-    """
-
-    batch: Batch
-    samples: tuple[dict[str, Any] | None, ...]
-    dropped_rounds: int
-    dropped_questions: int
-
-    @property
-    def num_samples(self) -> int:
-        return sum(sample is not None for sample in self.samples)
-
-
-def stack_rows(rows: Sequence[PackedRow]) -> Rows:
-    """Stacks texts by row and media by clip along a new first axis."""
-    clips = [clip for row in rows for clip in row.clips]
-    batch: Any = {
-        key: np.stack([row.text[key] for row in rows] if key in TEXT_KEYS else [c.arrays[key] for c in clips])
-        for key in clips[0].arrays
-    }
-    return Rows(
-        batch,
-        tuple(clip.sample for clip in clips),
-        sum(clip.dropped_rounds for clip in clips),
-        sum(clip.dropped_questions for clip in clips),
-    )
+        rows = self.plan.batch_size // self.accumulate
+        micro_batch, row = divmod(index, rows // self.process_count)
+        batch, run = divmod(micro_batch, self.accumulate)
+        return self.plan.row(batch, run * rows + row * self.process_count + self.process_index)
 
 
 def _apart(rows: Rows) -> tuple[Batch, Rows]:
@@ -192,12 +63,14 @@ def _joined(parts: tuple[Batch, Rows]) -> Rows:
     return dataclasses.replace(parts[1], batch=parts[0])
 
 
-def _local_batch_size(batch_size: int, process_index: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(f"batch_size {batch_size} does not divide among {process_count} processes")
+def _local_batch_size(batch_size: int, process_index: int, process_count: int, accumulate: int = 1) -> int:
+    """Rows of a micro-batch that one process reads."""
+    if batch_size % (process_count * accumulate):
+        shares = f"{process_count} processes" + (f" x {accumulate} micro-batches" if accumulate > 1 else "")
+        raise UserError(f"batch_size {batch_size} does not divide among {shares}")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index is {process_index} of {process_count} processes")
-    return batch_size // process_count
+    return batch_size // (process_count * accumulate)
 
 
 def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadSample:
@@ -207,11 +80,16 @@ def _make_reader(mixture: Mixture, builder: SampleBuilder) -> ReadSample:
 
 
 def make_dataset(
-    plan: Plan, builder: SampleBuilder, *, process_index: int = 0, process_count: int = 1
+    plan: Plan,
+    builder: SampleBuilder,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    accumulate: int = 1,
 ) -> grain.MapDataset[Rows]:
-    """Batch number -> this process's rows of that global batch; endless, random access, no state."""
-    local = _local_batch_size(plan.batch_size, process_index, process_count)
-    rows = grain.MapDataset.source(ShareOfRows(plan, process_index, process_count))
+    """Micro-batch number -> this process's rows of it; endless, random access, no state."""
+    local = _local_batch_size(plan.batch_size, process_index, process_count, accumulate)
+    rows = grain.MapDataset.source(ShareOfRows(plan, process_index, process_count, accumulate))
     read = ReadRow(_make_reader(plan.mixture, builder), plan.clips_per_row)
     return rows.map(read).batch(local, batch_fn=stack_rows)
 
@@ -241,6 +119,8 @@ class Loader:
             `shuffle` are its own).
         builder: makes the arrays; its `modalities` are replaced by each source's.
         batch_size: rows of the global batch, over all processes.
+        accumulate: micro-batches that a global batch is given out in, one `next` each. They change neither the order nor
+            the position, which counts global batches.
         buckets, pack: see `make_plan`.
         oversize: see `measure`.
         seed: of the order.
@@ -268,6 +148,7 @@ class Loader:
         builder: SampleBuilder,
         *,
         batch_size: int,
+        accumulate: int = 1,
         buckets: Sequence[int] = (),
         pack: int = 1,
         oversize: str = "error",
@@ -278,7 +159,7 @@ class Loader:
         threads: int = DEFAULT_THREADS,
         workers: int = 0,
     ):
-        self.local_batch_size = _local_batch_size(batch_size, process_index, process_count)
+        self.local_batch_size = _local_batch_size(batch_size, process_index, process_count, accumulate)
         if not isinstance(sources, Mixture):
             sources = open_mixture(sources, builder.spec, seed=seed, shuffle=shuffle)
         self.mixture, lengths, self.left_out = measure(sources, builder, oversize)
@@ -297,17 +178,22 @@ class Loader:
         self._process_index, self._process_count = process_index, process_count
         self._spec = builder.spec
         self._dataset = make_dataset(
-            self.plan, builder, process_index=process_index, process_count=process_count
+            self.plan,
+            builder,
+            process_index=process_index,
+            process_count=process_count,
+            accumulate=accumulate,
         )
         self._threads, self._workers = threads, workers
-        self._next_batch = 0
+        self._accumulate = accumulate
+        self._next_micro_batch = 0
         self._iterator: grain.DatasetIterator[tuple[Batch, Rows]] | None = None
         self._closed = False
 
     @property
     def next_batch(self) -> int:
-        """Number of the batch that `next` will give out."""
-        return self._next_batch
+        """Number of the global batch that `next` will give out (the next part of)."""
+        return self._next_micro_batch // self._accumulate
 
     def batches_in(self, epochs: float) -> float:
         """Batches that so many epochs take; the last one may reach into the next epoch."""
@@ -324,9 +210,9 @@ class Loader:
         if self._closed:
             raise ValueError("the loader is closed")
         if self._iterator is None:
-            self._iterator = _iterate(self._dataset[self._next_batch :], self._threads, self._workers)
+            self._iterator = _iterate(self._dataset[self._next_micro_batch :], self._threads, self._workers)
         rows = _joined(next(self._iterator))
-        length = self.plan.row(self._next_batch, 0).length
+        length = self.plan.row(self.next_batch, 0).length
         check_batch(
             rows.batch,
             self._spec,
@@ -335,13 +221,13 @@ class Loader:
             clips_per_row=self.plan.clips_per_row,
             features=self.mixture.features,
         )
-        self._next_batch += 1
+        self._next_micro_batch += 1
         return rows
 
     def seek(self, batch: int) -> None:
         """The next batch given out is number `batch`; O(1)."""
         self._stop()
-        self._next_batch = batch
+        self._next_micro_batch = batch * self._accumulate
 
     def sample_numbers(self, batch: int, *, whole: bool = False) -> list[int]:
         """Global sample numbers of batch number `batch`, row by row; nothing is read.
@@ -414,7 +300,7 @@ class Loader:
             next_batch: another position than the loader's own: that of a consumer who reads ahead.
         """
         return {
-            "next_batch": self._next_batch if next_batch is None else next_batch,
+            "next_batch": self.next_batch if next_batch is None else next_batch,
             "seed": self.mixture.seed,
             "batch_size": self.batch_size,
             "fingerprint": self._fingerprint,
@@ -483,16 +369,12 @@ def iter_eval(
     mixture = sources if isinstance(sources, Mixture) else open_mixture(sources, builder.spec, shuffle=False)
     local = _local_batch_size(batch_size, process_index, process_count)
     numbers = grain.MapDataset.range(num_eval_batches(mixture, batch_size) * batch_size)
-    rows = numbers[process_index::process_count].map(_make_reader(mixture, builder)).map(_as_row)
+    rows = numbers[process_index::process_count].map(_make_reader(mixture, builder)).map(as_row)
     iterator = _iterate(rows.batch(local, batch_fn=stack_rows), threads, workers=0)
     try:
         yield from map(_joined, iterator)
     finally:
         iterator.close()
-
-
-def _as_row(sample: Row) -> PackedRow:
-    return PackedRow((sample,), {key: sample.arrays[key] for key in TEXT_KEYS})
 
 
 def _either(lengths: Sequence[int]) -> str:

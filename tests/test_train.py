@@ -117,7 +117,7 @@ def config_arguments(command: list[str]) -> tuple[str, list[str]]:
 def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any], Any]], None]:
     """(step, change) -> from now on the batch of that step is what `change` makes of it."""
 
-    def install(step: int, change: Callable[[Any], Any]) -> None:
+    def install(step: int, change: Callable[[Any], Any]) -> None:  # May be called for several steps.
         put_batch, asked = train.put_batch, iter(range(1, 1000))
 
         def put(batch: Any, mesh: Any) -> Any:
@@ -155,7 +155,7 @@ def test_every_step_is_in_the_trace(run: Run) -> None:
         lines = read_metrics(run.workdir / stage)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         for line in lines:
-            values = {"step", "loss", "accuracy", "targets", "grad_norm", "lr", "data_wait"}
+            values = {"step", "loss", "accuracy", "targets", "grad_norm", "skipped", "lr", "data_wait"}
             assert set(line) == values | {f"samples/{SOURCE[stage]}"}
             assert line[f"samples/{SOURCE[stage]}"] == BATCH and 0 <= line["data_wait"] <= 1
             assert np.isfinite(line["loss"]) and line["grad_norm"] > 0 and 0 <= line["accuracy"] <= 1
@@ -377,9 +377,9 @@ def test_of_many_samples_of_a_broken_step_some_are_named(
 ) -> None:
     at_step(1, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
     workdir = run.workdir_with_first_stage(tmp_path)
-    assert cli.main(run.command(workdir, "stages=2b", "stage.2b.batch_size=12")) == 1
+    assert cli.main(run.command(workdir, "stages=2b", "stage.2b.batch_size=12", "max_nonfinite=1")) == 1
     told = capsys.readouterr().err.partition("samples of that step: ")[2]
-    assert told.count("-q1") == train.NAMED and " (8 of 12); lower" in told
+    assert told.count("-q1") == train.NAMED and " (8 of 12). It is the 1. such step in a row" in told
 
 
 def test_processes_must_train_on_the_same(
@@ -434,7 +434,7 @@ def test_rows_can_be_packed_and_batches_be_of_one_length(
     assert "3 samples do not fit 60 tokens" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
+def test_steps_without_a_finite_loss_are_skipped_and_too_many_end_the_run(
     run: Run, tmp_path: Path, at_step: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workdir = run.workdir_with_first_stage(tmp_path)
@@ -445,18 +445,34 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_nothing(
         poisoned.append(batch["tokens"])
         return dict(batch, duration=batch["duration"] * np.float32("nan"))
 
-    at_step(bad, poison)
-    assert cli.main(run.command(workdir)) == train.TrainingError.exit_code == 1
+    for step in (bad, bad + 2, bad + 3):
+        at_step(step, poison)
+    assert cli.main(run.command(workdir, "max_nonfinite=2")) == train.TrainingError.exit_code == 1
     error = capsys.readouterr().err
-    assert f"stage 2b, step {bad}: loss nan" in error and "config.stage.2b.optim.lr" in error
     # Sample "v1-q1" asks "At 00:01, which?1".
     texts = load_tokenizer(run.tokenizer).batch_decode(poisoned[0])
     ids = [f"v{text.partition('which?')[2][0]}-q1" for text in texts]
-    assert len(ids) == BATCH and f"The samples of that step: {', '.join(ids)}; lower" in error
+    first, _, third = [line for line in error.splitlines() if "stage 2b, step" in line]
+    assert len(ids) == BATCH and first == (
+        f"stage 2b, step {bad}: loss nan, gradient norm nan. The samples of that step: {', '.join(ids)}; skipped, 1 so far"
+    )
+    assert f"stage 2b, step {bad + 3}: loss nan" in third and "config.stage.2b.optim.lr" in third
+    assert "It is the 2. such step in a row" in third
     assert saved_steps(workdir) == [SAVE_EVERY] and not (workdir / "2b" / "final").exists()
-    assert [line["step"] for line in read_metrics(workdir / "2b")] == list(range(1, bad))
-    assert cli.main(run.command(workdir)) == 0  # The next time nothing is wrong with that batch.
+    lines = read_metrics(workdir / "2b")
+    assert [line["step"] for line in lines] == list(range(1, bad + 4))
+    assert [line["skipped"] for line in lines[bad - 2 :]] == [0, 1, 1, 2, 3]
+    assert [line["loss"] == "nan" for line in lines[bad - 2 :]] == [False, True, False, True, True]
+    assert cli.main(run.command(workdir)) == 0  # The next time nothing is wrong with those batches.
     run.assert_ended_alike(workdir)
+
+
+def test_a_skipped_step_is_counted_in_what_is_published(run: Run, tmp_path: Path, at_step: Callable) -> None:
+    at_step(2, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
+    assert cli.main(run.command(tmp_path, "stages=1a")) == 0
+    tree, _, metadata = load_tree(tmp_path / "1a" / "final")
+    assert (metadata["steps"], metadata["skipped"]) == (STEPS["1a"], 1)
+    assert all(np.isfinite(leaf).all() for leaf in flatten(tree).values())
 
 
 # The process ends itself, so that it always ends at the same step, with the checkpoint before it half written.

@@ -98,6 +98,42 @@ def test_order_does_not_depend_on_threads(sources, builder):
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(expected, other, strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_are_the_batch_in_parts(sources, builder, mode):
+    whole, ids = _take(6, sources, builder, **MODES[mode])
+    for first in (0, 3):  # From the beginning and from a saved position.
+        parts, same = (
+            _take(2 * (6 - first), sources, builder, first=first, accumulate=2, **MODES[mode])[0],
+            [],
+        )
+        for one, other in zip(parts[::2], parts[1::2], strict=True):
+            same.append({key: np.concatenate([one[key], other[key]]) for key in one})
+        _assert_equal(same, whole[first:])
+    # Two processes: each micro-batch has its share of both.
+    shares = [
+        _take(12, sources, builder, accumulate=2, process_index=p, process_count=2, **MODES[mode])
+        for p in range(2)
+    ]
+    for number in range(6):
+        assert sorted(shares[0][1][number] + shares[1][1][number]) == sorted(ids[number])
+        for part in range(2):
+            rows = whole[number]["tokens"][2 * part : 2 * part + 2]
+            for process in range(2):
+                found = shares[process][0][2 * number + part]["tokens"]
+                np.testing.assert_array_equal(found, rows[process : process + 1])
+
+
+def test_micro_batches_leave_the_position_alone(sources, builder):
+    with Loader(sources, builder, batch_size=4, accumulate=2) as loader:
+        states = [(next(loader), loader.state())[1] for _ in range(4)]
+        assert [state["next_batch"] for state in states] == [0, 1, 1, 2]
+    with Loader(sources, builder, batch_size=4) as loader:
+        loader.restore(states[-1])
+        assert loader.next_batch == 2
+    with pytest.raises(UserError, match="batch_size 4 does not divide among 1 processes x 3 micro-batches"):
+        Loader(sources, builder, batch_size=4, accumulate=3)
+
+
 def test_epochs_visit_each_sample_once(sources, builder):
     two = [dataclasses.replace(source, weight=1.0) for source in sources]
     with Loader(two, builder, batch_size=4, seed=1) as loader:

@@ -17,7 +17,7 @@ from avlm_jax.llm.decoder import Decoder
 from avlm_jax.models.api import MediaTokens
 from avlm_jax.optim import OptimConfig, make_optimizer
 from avlm_jax.state import TrainState, flatten, merge, split, unflatten
-from avlm_jax.train import make_step
+from avlm_jax.step import make_step
 from input_pipeline.conversation import ConversationError, PlainTemplate, VicunaTemplate
 from input_pipeline.errors import UserError
 from tests.input_pipeline.llama_tokenizer import make_llama_tokenizer
@@ -149,7 +149,7 @@ def test_training_and_generation_end_alike(make, params: dict, name: str) -> Non
     batch = batch_of(assembly, TURNS[name])
     losses = []
     for rate in np.linspace(4e-3, 0, 120, dtype=np.float32):
-        state, metrics = step(state, frozen, batch, rate)
+        state, metrics = step(state, frozen, [batch], rate)
         losses.append(float(metrics["loss"]))
     assert losses[0] > 2 and losses[-1] < 0.1 and metrics["accuracy"] == 1
     generator = Generator(assembly, unflatten(flatten(state.trainable) | flatten(frozen)), 12)

@@ -12,7 +12,7 @@ import pytest
 
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.state import Tree
-from input_pipeline.loader import pack_row, stack_rows
+from input_pipeline.rows import pack_row, stack_rows
 from input_pipeline.spec import TEXT_KEYS, check_batch
 from input_pipeline.transforms.sample import Row, SampleBuilder
 from tests.tiny_system import make_media, padded, random_params, save_tokenizer, tiny_config

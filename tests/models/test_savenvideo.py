@@ -18,7 +18,7 @@ from avlm_jax.config import ConfigError, apply_overrides, load_config
 from avlm_jax.models.api import MediaTokens, System, build_system, init_params, splice
 from avlm_jax.optim import OptimConfig, make_optimizer
 from avlm_jax.state import TrainState, Tree, flatten, merge, split
-from avlm_jax.train import make_step
+from avlm_jax.step import make_step
 from input_pipeline.media import LoadedMedia
 from tests.tiny_system import CONFIG, make_media, padded, random_params, save_tokenizer, tiny_config
 
@@ -171,7 +171,7 @@ def test_no_gradient_and_no_optimizer_leaf_for_a_frozen_path(
     step = make_step(full_system, optim, full_config.loss_chunk)
     lr = jax.ShapeDtypeStruct((), np.float32)
     frozen_bf16 = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), frozen)
-    after, metrics = jax.eval_shape(step, state, frozen_bf16, full_batch, lr)
+    after, metrics = jax.eval_shape(step, state, frozen_bf16, [full_batch], lr)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), state
     )

@@ -1,0 +1,196 @@
+"""A step: the same in micro-batches as at once, untouched by what is not finite, in place, without hidden transfers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.optim import OptimConfig
+from avlm_jax.sharding import make_mesh
+from avlm_jax.state import TrainState, Tree, flatten, split
+from avlm_jax.step import (
+    IN_FLIGHT,
+    TrainStep,
+    abstract_inputs,
+    count_micro_batches,
+    create_state,
+    make_step,
+)
+from tests.tiny_system import make_media, padded, random_params, save_tokenizer, tiny_config
+
+ROWS = 8
+OPTIM = OptimConfig(lr=0.0)
+TRAINED = ("connector/.*", "llm/.*/lora_[ab]")
+
+
+@pytest.fixture(scope="module")
+def assembly(tmp_path_factory: pytest.TempPathFactory) -> Assembly:
+    return assemble(tiny_config(save_tokenizer(tmp_path_factory.mktemp("tokenizer"))))
+
+
+@pytest.fixture(scope="module")
+def trees(assembly: Assembly) -> tuple[Tree, Tree]:
+    return split(random_params(assembly), TRAINED)
+
+
+@pytest.fixture(scope="module")
+def step(assembly: Assembly) -> TrainStep:
+    return make_step(assembly.system, OPTIM, 64)
+
+
+@pytest.fixture(scope="module")
+def batch(assembly: Assembly) -> dict[str, np.ndarray]:
+    """Eight rows whose answers differ in length, one without sound, one without picture."""
+    builder = assembly.builder()
+    rows = []
+    for seed in range(ROWS):
+        media = make_media(builder.spec, seed, frames=0 if seed == 2 else 4, windows=0 if seed == 1 else 3)
+        turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "b" * (1 + 3 * seed)}]
+        sample = {"id": f"s{seed}", "conversations": turns}
+        rows.append(builder.build(padded(media, builder.spec), sample).arrays)
+    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def new_state(trees: tuple[Tree, Tree]) -> TrainState:
+    trainable = jax.tree.map(jnp.array, trees[0])
+    return create_state(trainable, OPTIM, 0, make_mesh(devices=jax.devices()[:1]))
+
+
+def in_parts(batch: dict[str, np.ndarray], count: int) -> list[dict[str, np.ndarray]]:
+    rows = ROWS // count
+    return [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, ROWS, rows)]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_micro_batches_make_the_same_step(
+    step: TrainStep, trees: tuple[Tree, Tree], batch: dict, count: int
+) -> None:
+    whole, expected = step(new_state(trees), trees[1], [batch], 0.01)
+    found, metrics = step(new_state(trees), trees[1], in_parts(batch, count), 0.01, count)
+    assert float(metrics["targets"]) == batch["loss_mask"].sum() and int(found.step) == 1
+    # fp32: sums are taken in another order; the loss is the mean over all targets, not a mean of means.
+    for name in ("loss", "accuracy", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-6, err_msg=name)
+    # Adam's first step is sign(gradient) * rate: only where the gradient is all rounding may it turn around.
+    for path, leaf in flatten(found.opt_state[1].mu).items():
+        other = flatten(whole.opt_state[1].mu)[path]
+        np.testing.assert_allclose(leaf, other, rtol=1e-4, atol=1e-6 * np.abs(other).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_what_is_not_finite_changes_nothing_but_the_counts(
+    step: TrainStep, trees: tuple[Tree, Tree], batch: dict, where: str
+) -> None:
+    before = jax.device_get(new_state(trees))
+    parts = in_parts(batch, 2)
+    bad = parts[0 if where == "first" else 1]
+    bad["duration"] = bad["duration"] * np.float32("nan")
+    state, metrics = step(new_state(trees), trees[1], parts, 0.01, 2)
+    assert np.isnan(metrics["loss"]) and float(metrics["skipped"]) == 1
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+    for ours, theirs in zip(
+        jax.tree.leaves((state.trainable, state.opt_state)),
+        jax.tree.leaves((before.trainable, before.opt_state)),
+        strict=True,
+    ):
+        assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+    state, metrics = step(state, trees[1], [batch], 0.01)
+    assert np.isfinite(metrics["loss"]) and (int(state.step), int(state.skipped)) == (2, 1)
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped(
+    step: TrainStep, trees: tuple[Tree, Tree], batch: dict
+) -> None:
+    state = new_state(trees)
+    huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3e38), state.trainable)
+    _, totals = step.accumulate(state, trees[1], None, None, batch)
+    state, metrics = step.finish(state, trees[1], huge, totals, batch, np.float32(0.01))
+    assert np.isfinite(metrics["loss"]) and not np.isfinite(metrics["grad_norm"]) and int(state.skipped) == 1
+
+
+def test_no_more_micro_batches_are_taken_than_may_wait(step: TrainStep, trees: tuple[Tree, Tree]) -> None:
+    """Each holds its pictures on the devices; the step must not run ahead of them."""
+    taken, done = [], []
+
+    class Scalar:
+        def __init__(self, number: int) -> None:
+            self.loss = self
+            self.number = number
+
+        def block_until_ready(self) -> Scalar:
+            done.append(self.number)
+            return self
+
+    def accumulate(state, frozen, gradients, totals, batch):
+        taken.append(batch)
+        assert len(taken) - len(done) <= IN_FLIGHT + 1
+        return gradients, Scalar(batch)
+
+    fake = TrainStep(accumulate, lambda *arguments: arguments[-2])
+    assert fake(None, None, iter(range(10)), 0.1, 9) == 8  # The last of nine goes to `finish`.
+    assert taken == list(range(8)) and done == list(range(8 - IN_FLIGHT))
+
+
+def test_state_and_gradients_are_taken_over_in_place(assembly: Assembly) -> None:
+    """Of the compiled programs: every buffer of the donated arguments is an output's."""
+    mesh = make_mesh(devices=jax.devices()[:1])
+    inputs = abstract_inputs(
+        assembly.abstract_params(), TRAINED, OPTIM, mesh, assembly.system.spec, rows=2, length=160,
+        frozen_dtype="float32",
+    )  # fmt: skip
+    step = make_step(assembly.system, OPTIM, 64, inputs.state)
+
+    def size(tree: object) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    first = (inputs.state, inputs.frozen, inputs.gradients, inputs.totals, inputs.batch)
+    memory = step.accumulate.lower(*first).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == size(inputs.gradients)
+    memory = step.finish.lower(*first, inputs.lr).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size(inputs.state)
+
+
+def test_how_many_micro_batches() -> None:
+    class Mesh:
+        shape = {"data": 2, "fsdp": 4, "tensor": 2}
+
+    assert count_micro_batches(1024, 4, Mesh) == 32
+    assert count_micro_batches(1024, 0, Mesh) == count_micro_batches(16, 4, Mesh) == 1
+    with pytest.raises(ValueError, match="batch_size 12 does not divide among 8 devices"):
+        count_micro_batches(12, 1, Mesh)
+    with pytest.raises(
+        ValueError, match="48 rows on each of 8 devices, which rows_per_device 5 does not divide"
+    ):
+        count_micro_batches(384, 5, Mesh)
+
+
+def test_learning_rate_and_batches_are_the_only_transfers(
+    step: TrainStep, trees: tuple[Tree, Tree], batch: dict
+) -> None:
+    state, frozen = new_state(trees), jax.device_put(trees[1])
+    placed, lr = jax.device_put(batch), jax.device_put(np.float32(0.01))
+    with jax.transfer_guard("disallow"):
+        state, metrics = step(state, frozen, [placed], lr)
+    with pytest.raises(Exception, match="[Dd]isallowed host-to-device"), jax.transfer_guard("disallow"):
+        step(state, frozen, [placed], np.float32(0.01))
+
+
+def test_abstract_inputs_are_what_the_loop_has(assembly: Assembly, trees: tuple[Tree, Tree]) -> None:
+    mesh = make_mesh(devices=jax.devices()[:1])
+    inputs = abstract_inputs(
+        assembly.abstract_params(), TRAINED, OPTIM, mesh, assembly.system.spec, rows=2, length=160
+    )
+    state = new_state(trees)
+    assert jax.tree.structure(inputs.state) == jax.tree.structure(state)
+    for ours, theirs in zip(jax.tree.leaves(inputs.state), jax.tree.leaves(state), strict=True):
+        assert (ours.shape, ours.dtype, ours.sharding) == (theirs.shape, theirs.dtype, theirs.sharding)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(inputs.frozen)} == {"bfloat16"}
+    assert inputs.batch["tokens"].shape == (2, 160)
+    fewer = abstract_inputs(
+        assembly.abstract_params(), TRAINED, OPTIM, mesh, assembly.system.spec, rows=2, length=160,
+        without=("vision",),
+    )  # fmt: skip
+    assert "vision" not in fewer.frozen and "vision" in inputs.frozen

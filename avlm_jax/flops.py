@@ -166,6 +166,11 @@ def step_flops(
     return count(segments, trainable)
 
 
+def attention_kernel(backend: str, platform: str) -> str:
+    """What attention runs on where a configuration says `backend` and the devices are "tpu", "gpu" or "cpu"."""
+    return {"tpu": "splash", "gpu": "cudnn"}.get(platform, "reference") if backend == "auto" else backend
+
+
 def count(segments: Sequence[Segment], trainable: Collection[str]) -> Flops:
     """Adds up a system's segments, which stand in the order of the forward pass."""
     parts = dict.fromkeys(PARTS, PartFlops())

@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,11 +36,12 @@ GIB = 2**30
 
 
 class Shape(NamedTuple):
-    """Of a micro-batch over all devices: rows of text, their positions, and clips."""
+    """Of a micro-batch over all devices: rows of text, their positions, clips, and of which media features were read."""
 
     rows: int
     length: int
     clips: int
+    features: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -67,6 +68,9 @@ class Meter:
         devices: over which a step is spread.
         chip: what each of them is; None where that is not known.
         clock: seconds.
+
+    Attributes:
+        first: shape of the first micro-batch, once it is there.
     """
 
     def __init__(
@@ -82,15 +86,23 @@ class Meter:
         self._micro_batches, self._devices, self._chip, self._clock = micro_batches, devices, chip, clock
         self._shapes: collections.deque[Shape] = collections.deque()
         self._compiler = CompileClock()
+        self.first: Shape | None = None
         self._last = clock()
         self._window = Window(self._last)
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same batches; what they cost is remembered until `step` is told that they are done."""
         for batch in batches:
-            rows, length = batch["tokens"].shape
-            self._shapes.append(Shape(rows, length, batch["duration"].shape[0]))
+            shape = self._shape_of(batch)
+            self.first = self.first or shape
+            self._shapes.append(shape)
             yield batch
+
+    def _shape_of(self, batch: Mapping[str, Any]) -> Shape:
+        rows, length = batch["tokens"].shape
+        keys = {"frame_features": "video", "audio_features": "audio"}
+        features = tuple(modality for key, modality in keys.items() if key in batch)
+        return Shape(rows, length, batch["duration"].shape[0], features)
 
     def step(self, tokens: float, samples: int) -> None:
         """To be called when a step's metrics have come, in order: with them the step is known to be done."""
@@ -139,8 +151,11 @@ class Meter:
             figures |= {"mfu": window.model_flops / peak, "hfu": window.hardware_flops / peak}
         return figures | memory_in_use(jax.local_devices())
 
-    def describe(self, shape: Shape) -> str:
-        """The formula of mfu and hfu with the numbers of a run whose micro-batches have this shape."""
+    def describe(self) -> str:
+        """The formula of mfu and hfu with the numbers of the first step."""
+        shape = self.first
+        if shape is None:
+            raise ValueError("no batch was seen yet")
         flops, k = self.flops(shape), self._micro_batches
         model, hardware = (f"{k * x / 1e12:.4g}" for x in (flops.model, flops.hardware))
         parts = ", ".join(f"{name} {k * part.model / 1e12:.3g}" for name, part in flops.parts.items())

@@ -154,7 +154,12 @@ def _open_tensorboard(directory: Path, resume_step: int | None) -> Any:
     return SummaryWriter(str(directory), purge_step=0 if resume_step is None else resume_step + 1)
 
 
-def _open_wandb(project: str, directory: Path, resume_step: int | None, config: Mapping[str, Any]) -> Any:
+def import_wandb(project: str) -> Any:
+    """The module, once it is sure to work.
+
+    Raises:
+        UserError: it is not installed, or $WANDB_API_KEY is not set.
+    """
     try:
         import wandb
     except ImportError as error:
@@ -168,6 +173,11 @@ def _open_wandb(project: str, directory: Path, resume_step: int | None, config: 
         raise UserError(
             f"config.watch.wandb is {project!r}, but the environment has no WANDB_API_KEY; set it, or WANDB_MODE=offline"
         )
+    return wandb
+
+
+def _open_wandb(project: str, directory: Path, resume_step: int | None, config: Mapping[str, Any]) -> Any:
+    wandb = import_wandb(project)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / WANDB_FILE
     if resume_step is None or not file.exists():  # A run that begins at step 1 is another one.

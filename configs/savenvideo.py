@@ -172,6 +172,7 @@ def full() -> ConfigDict:
             "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,
+            "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             "stages": ("1a", "1b", "2a", "2b"),
             "stage": {

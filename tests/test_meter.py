@@ -75,12 +75,13 @@ def test_no_utilisation_is_told_of_a_device_whose_peak_is_not_known(clock: Clock
     with Meter(cost, micro_batches=1, devices=1, chip=None, clock=clock) as meter:
         run(meter, clock, [1.0], micro_batches=1)
         assert not {"mfu", "hfu"} & meter.read(0.0).keys()
-        assert "no mfu and hfu" in meter.describe(Shape(4, 256, 4))
+        assert "no mfu and hfu" in meter.describe()
 
 
 def test_the_formula_is_told_with_its_numbers() -> None:
     with Meter(cost, micro_batches=2, devices=16, chip=chip_named("v5e")) as meter:
-        told = meter.describe(Shape(4, 256, 4))
+        next(meter.watch(batches(4, 256)))
+        told = meter.describe()
     assert "a step of 8 rows of 256 positions and 8 clips: 8 TFLOP of the model (llm 8), 12 TFLOP" in told
     assert "mfu = 8 TFLOP / (seconds x 16 devices x 197 TFLOP/s [v5e, bf16])" in told
 

@@ -90,7 +90,7 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 
 def _archived_commit(root: Path) -> str | None:
-    """The commit that `git archive` writes into COMMIT_FILE (.gitattributes asks for it), as the launch scripts ship the code."""
+    """The commit that `git archive` writes into COMMIT_FILE (see .gitattributes), as the launch scripts ship the code."""
     try:
         text = (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
     except OSError:

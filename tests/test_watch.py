@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tarfile
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -129,7 +129,9 @@ def test_an_archive_knows_its_commit(tmp_path: Path) -> None:
     subprocess.run([*git, "archive", "--prefix=code/", f"--output={archive}", "HEAD"], check=True)
     with tarfile.open(archive) as file:
         file.extractall(tmp_path, filter="data")
-    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
     assert git_state(tmp_path / "code") == {"commit": head, "dirty": False}
     assert git_state(run_record.ROOT)["commit"] == head  # The checkout's own file holds no commit.
 

@@ -49,7 +49,7 @@ from avlm_jax.lineage import (
 )
 from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.sharding import make_mesh, put_batch, replicated
+from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
 from avlm_jax.writer import Console, MetricsWriter
@@ -129,11 +129,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
             check_finished(assembly, name, finals[name])
             print(f"stage {name}: finished before, {finals[name]}", flush=True)
         else:
-            mesh = make_mesh(**config.mesh)
-            with jax.set_mesh(
-                mesh
-            ):  # What is traced may ask for it: activation constraints, attention kernels.
-                run_stage(assembly, name, workdir, mesh)
+            # What is traced may ask for the mesh: activation constraints, attention kernels.
+            with jax.set_mesh(assembly.mesh):
+                run_stage(assembly, name, workdir, assembly.mesh)
     return finals
 
 
@@ -154,6 +152,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
         micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
     except ValueError as error:
         raise ConfigError(f"config.stage.{name}: {error}") from error
+    share, shares = share_of_batch(mesh)
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
@@ -164,8 +163,8 @@ def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
         pack=stage.pack,
         oversize=stage.oversize,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
         threads=config.loader.threads,
         workers=config.loader.workers,
     )

@@ -11,7 +11,7 @@ import pytest
 from avlm_jax.losses import masked_cross_entropy
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig
-from avlm_jax.sharding import make_mesh, shard_params
+from avlm_jax.sharding import make_mesh
 from avlm_jax.state import TrainState, Tree, flatten, split
 from avlm_jax.step import (
     IN_FLIGHT,
@@ -21,6 +21,7 @@ from avlm_jax.step import (
     create_state,
     make_step,
 )
+from avlm_jax.weights.placement import place_params
 from input_pipeline.spec import MediaSpec
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 8, 24, 32, 16
@@ -76,7 +77,7 @@ def step() -> TrainStep:
 
 def new_state(trees: tuple[Tree, Tree]) -> TrainState:
     mesh = make_mesh(devices=jax.devices()[:1])
-    trainable = shard_params(jax.tree.map(jnp.array, trees[0]), mesh)
+    trainable = place_params(jax.tree.map(jnp.array, trees[0]), mesh)
     return create_state(trainable, OPTIM, 0, mesh)
 
 

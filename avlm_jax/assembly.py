@@ -21,10 +21,11 @@ from ml_collections import ConfigDict
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.lora import MERGED, merge_stacked, retired_updates
 from avlm_jax.models.api import System, build_system, init_params
+from avlm_jax.quantize import SCALE, abstract_frozen, check_frozen_dtype, quantise
 from avlm_jax.sharding import check_heads, make_mesh, param_shardings
 from avlm_jax.state import Tree, flatten, unflatten
 from avlm_jax.weights.beats import open_beats
-from avlm_jax.weights.placement import place
+from avlm_jax.weights.placement import place, place_quantised
 from avlm_jax.weights.qwen2 import has_qkv_bias, head_dim, open_qwen2
 from avlm_jax.weights.siglip import open_siglip
 from avlm_jax.weights.stored import LoadReport, StoredLeaf
@@ -168,8 +169,13 @@ class Assembly:
         return mesh
 
     def abstract_params(self) -> Tree:
-        """Shape and dtype of every parameter; nothing is computed."""
+        """Shape and dtype of every parameter as it is drawn; nothing is computed."""
         return jax.eval_shape(lambda: init_params(self.system, self._zeros(), 0))
+
+    def abstract_parameters(self, *, fp32: Collection[str] = (), without: Collection[str] = ()) -> Tree:
+        """Shape and dtype of everything that `parameters` gives, of which these arguments are; nothing is computed."""
+        parts = {part: tree for part, tree in self.abstract_params().items() if part not in without}
+        return abstract_frozen(parts, self.config.frozen_dtype, fp32)
 
     def _zeros(self) -> dict[str, jax.Array]:
         length = self.system.num_media_tokens + 8
@@ -187,7 +193,8 @@ class Assembly:
         """All parameters on their devices: the backbones' from files, `learnt` over them, the rest drawn from config.seed.
 
         Files are read slice by slice into the devices' memory, see `weights.placement`. Adapters that a lineage has
-        retired (`lora.retire`) are added to their kernels.
+        retired (`lora.retire`) are added to their kernels. With config.frozen_dtype "int8" the kernels that
+        `quantize.is_quantised` are, with their scales beside them.
 
         Args:
             learnt: tree of a stage checkpoint, or None.
@@ -203,8 +210,11 @@ class Assembly:
             ValueError: `learnt` holds a parameter that the system lacks, or of another shape.
         """
         mesh = self.mesh if mesh is None else mesh
-        abstract = {part: tree for part, tree in self.abstract_params().items() if part not in without}
-        expected, shardings = flatten(abstract), flatten(param_shardings(abstract, mesh))
+        target = flatten(self.abstract_parameters(fp32=fp32, without=without))
+        shardings = flatten(param_shardings(unflatten(target), mesh))
+        int8 = {path for path in target if path + SCALE in target}
+        scales = {path + SCALE for path in int8}
+        expected = {path: leaf for path, leaf in target.items() if path not in scales}
         stored, reports = self.backbones
         known: dict[str, Any] = dict(stored)
         flat = flatten(learnt or {})
@@ -220,32 +230,39 @@ class Assembly:
                 )
             known[path] = value
         check_updates(updates, expected)
-        missing = {path: shardings[path] for path in expected if path not in known}
+        missing = [path for path in expected if path not in known]
 
-        def dtype_of(path: str) -> str:
-            floating = jnp.issubdtype(expected[path].dtype, jnp.floating)
-            return "float32" if path in fp32 or not floating else self.config.frozen_dtype
-
-        def drawn_dtype(path: str) -> str:
-            return "float32" if path in updates else dtype_of(path)  # Converted when the adapters are in.
-
-        @functools.partial(jax.jit, out_shardings=missing)
         def draw() -> dict[str, jax.Array]:
             # Only what is asked for leaves the program, so XLA never draws the backbones.
-            drawn = flatten(init_params(self.system, self._zeros(), self.config.seed))
-            return {path: drawn[path].astype(drawn_dtype(path)) for path in missing}
+            tree, found = flatten(init_params(self.system, self._zeros(), self.config.seed)), {}
+            for path in missing:
+                if path in updates:
+                    found[path] = tree[path]  # Converted when the adapters are in.
+                elif path in int8:
+                    found[path], found[path + SCALE] = quantise(tree[path])
+                else:
+                    found[path] = tree[path].astype(target[path].dtype)
+            return found
 
-        fresh = draw() if missing else {}
+        fresh: dict[str, jax.Array] = {}
+        if missing:
+            drawn = missing + [path + SCALE for path in missing if path in int8 and path not in updates]
+            fresh = jax.jit(draw, out_shardings={path: shardings[path] for path in drawn})()
         placed: dict[str, jax.Array] = {}
         for path in expected:
-            if path in updates:  # In the stored precision until the adapters are in.
-                pairs = tuple(_place_adapter(path, pair, mesh) for pair in updates[path])
+            pairs = tuple(_place_adapter(path, pair, mesh) for pair in updates.get(path, ()))
+            if path in fresh and not pairs:
+                leaves = (path, path + SCALE) if path in int8 else (path,)
+                placed |= {leaf: fresh[leaf] for leaf in leaves}
+            elif path in int8:
+                source = fresh[path] if path in fresh else known[path]
+                where = shardings[path], shardings[path + SCALE]
+                placed[path], placed[path + SCALE] = place_quantised(source, *where, pairs)
+            elif pairs:  # In the stored precision until the adapters are in.
                 kernel = fresh[path] if path in fresh else place(known[path], shardings[path])
-                placed[path] = merge_stacked(kernel, pairs, scale=1.0, dtype=dtype_of(path))
-            elif path in fresh:
-                placed[path] = fresh[path]
+                placed[path] = merge_stacked(kernel, pairs, scale=1.0, dtype=str(target[path].dtype))
             else:
-                placed[path] = place(known[path], shardings[path], dtype_of(path))
+                placed[path] = place(known[path], shardings[path], target[path].dtype)
         return unflatten(placed), reports
 
     @functools.cached_property
@@ -289,6 +306,7 @@ def assemble(config: ConfigDict, stage: str = "") -> Assembly:
     Raises:
         UserError: the tokenizer folder is missing or does not fit the template; a section of the configuration is wrong.
     """
+    check_frozen_dtype(config.frozen_dtype)
     tokenizer = load_tokenizer(config.text.tokenizer)
     media_token_id = find_media_token_id(tokenizer, config.model.llm.vocab_size)
     return Assembly(config, tokenizer, build_system(config, media_token_id)).of_stage(stage)
@@ -333,10 +351,10 @@ def open_backbone(
     try:
         if part == "vision":
             found, plan = open_siglip(folder, feature_layer=feature_layer)
-            return _without(dataclasses.asdict(found), "dtype", "backend", "feature_layer"), plan
+            return _without(dataclasses.asdict(found), "dtype", "backend", "chunk", "feature_layer"), plan
         if part == "audio":
             found, plan = open_beats(folder)
-            return _without(dataclasses.asdict(found), "dtype", "backend", "mask"), plan
+            return _without(dataclasses.asdict(found), "dtype", "backend", "chunk", "mask"), plan
         hf, plan = open_qwen2(folder)
     except UserError:
         raise

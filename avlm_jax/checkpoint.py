@@ -1,53 +1,67 @@
 """What a run leaves on disk: resumable checkpoints while it trains, a publishable one per finished stage.
 
-`Checkpointer` stands between the loop and Orbax, whose interfaces change and whose restore does not notice
-flipped bits. A step is a folder that appears by one rename once it is complete:
+`Checkpointer` stands between the loop and Orbax, whose interfaces change, whose restore does not notice flipped bits
+and whose processes wait for each other when one has failed. Orbax writes and reads the arrays; when a step counts,
+what it must hold and what happens when it does not is decided here and in `step_folders`.
 
-    <directory>/<step>/state/                    trainable tree, optimizer state, step, random key (by Orbax)
-    <directory>/<step>/manifest/manifest.json    data position, metadata; shape, dtype, sha256 of every leaf
-    <directory>/quarantine/<step>-<n>/           a step that failed its check, for a person to look at
+    <directory>/<step>/state/           trainable tree, optimizer state, step, random key (by Orbax)
+    <directory>/<step>/manifest.json    data position, metadata; of every leaf shape, dtype, sha256 and its blocks'
 
 `save_tree` writes the checkpoint one publishes: trainable.safetensors, config.json, metadata.json.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import os
 import platform
 import secrets
-import shutil
+import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from avlm_jax import __version__
+from avlm_jax.agreement import Agreement, Shared
+from avlm_jax.digests import (
+    canonical,
+    damaged_leaves,
+    digest_json,
+    first_misfit,
+    hash_blocks,
+    leaf_digests,
+    merge_blocks,
+    nonfinite_leaves,
+    owned_blocks,
+    to_host,
+)
 from avlm_jax.state import TrainState, Tree, flatten, unflatten
+from avlm_jax.step_folders import MANIFEST_FILE, StepFolders, flush, is_bucket, resolve
 from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    import orbax.checkpoint as ocp
+    from etils import epath
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1
-STATE, MANIFEST, QUARANTINE = "state", "manifest", "quarantine"
-MANIFEST_FILE = "manifest.json"
+SCHEMA = 2  # 2: a sum per block; a stage's config.json and metadata.json have sums too.
+STATE = "state"
 TREE_FILE, CONFIG_FILE, METADATA_FILE = "trainable.safetensors", "config.json", "metadata.json"
-THREADED_ELEMENTS = 2**22  # Below, starting threads costs more than it saves.
-HASH_THREADS = 8  # hashlib frees the interpreter lock: 2 GB of LoRA state (7B) hash in half a second.
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint is damaged, does not fit the run that asks for it, or could not be written."""
+
+
+class _Damaged(Shared):
+    """What is on disk is not what was saved."""
 
 
 class Checkpointer:
@@ -57,43 +71,29 @@ class Checkpointer:
         """Opens `directory` (made if missing) and removes what an interrupted save left there.
 
         Args:
-            directory: local folder or bucket address; one run writes to it at a time.
+            directory: local folder or bucket address that all processes see; one run writes to it at a time.
             keep: how many of the newest steps stay. Below 2 there is nothing to fall back to.
-            async_: True: `save` returns once the arrays are copied, the writing goes on beside the training.
+            async_: True: `save` returns once the arrays are copied, hashing and writing go on beside the training.
         """
         # Here, so that importing this module for `load_tree` alone stays cheap.
         import orbax.checkpoint as ocp
-        from etils import epath
 
         if keep < 1:
             raise ValueError(f"checkpoint keep is {keep}; at least 1 step has to stay")
         self._ocp = ocp
-        self._directory = epath.Path(directory if "://" in str(directory) else os.path.abspath(directory))
-        self._manager: ocp.CheckpointManager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                create=True,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=async_,
-                save_root_metadata=False,
-            ),
-            item_handlers={
-                STATE: ocp.StandardCheckpointHandler(),
-                MANIFEST: ocp.JsonCheckpointHandler(filename=MANIFEST_FILE),
-            },
-        )
-        self._pending: int | None = None
+        self._folders = StepFolders(directory)
+        self._keep, self._async = keep, async_
+        # Trained floats hardly shrink, and compressing them would take the cores from the training.
+        self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+        self._agreement = Agreement("checkpointer")
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
+        self._agreement.everywhere(lambda: self._folders.clear() if jax.process_index() == 0 else None)
 
     def steps(self) -> list[int]:
         """Complete steps on disk, ascending; a save under way is waited for."""
         self.wait()
-        return self._steps_on_disk()
-
-    def _steps_on_disk(self) -> list[int]:
-        # Orbax keeps its own list, in which a step whose asynchronous save failed still stands.
-        self._manager.reload()
-        return sorted(self._manager.all_steps())
+        return self._folders.steps()
 
     def save(self, step: int, state: TrainState, data_state: Mapping, metadata: Mapping) -> bool:
         """Writes `state` as `step`; the caller may donate the state's buffers as soon as this returns.
@@ -110,51 +110,102 @@ class Checkpointer:
             False if that step is there already, and nothing was written.
 
         Raises:
-            CheckpointError: an earlier save failed while it was written.
+            CheckpointError: a parameter or moment is not finite, or an earlier save failed while it was written.
             TypeError: data_state or metadata holds something that is not JSON.
         """
         self.wait()
-        if step in self._manager.all_steps():
-            return False
         tree = _as_tree(state)
+        flat = _flatten_state(tree)
         manifest = {
             "schema": SCHEMA,
             "step": step,
-            "leaves": leaf_digests(_flatten_state(tree)),
+            "processes": jax.process_count(),
             "data_state": _json_values(data_state, "data_state"),
             "metadata": _json_values(metadata, "metadata"),
         }
-        manifest["sha256"] = _digest_json(manifest)
-        arguments = self._ocp.args.Composite(
-            **{STATE: self._ocp.args.StandardSave(tree), MANIFEST: self._ocp.args.JsonSave(manifest)}
-        )
-        self._pending = step
-        try:
-            # force: Orbax would else skip, without a word, a step that is not larger than the latest one.
-            self._manager.save(step, args=arguments, force=True)
-        except Exception as error:
-            raise self._save_failed(step, error) from error
+        # These copies to the host are meant, also where the loop forbids unmeant ones.
+        with jax.transfer_guard("allow"):
+            if bad := nonfinite_leaves(flat):
+                raise CheckpointError(
+                    f"step {step} is not saved: {bad[0]} holds NaN or infinity"
+                    f"{f', and {len(bad) - 1} more leaves' if len(bad) > 1 else ''}; complete steps in "
+                    f"{self._folders.directory}: {self._folders.steps() or 'none'}"
+                )
+            try:
+                if (folder := self._begin(step)) is None:
+                    return False
+                # Orbax copies the arrays before it returns, and writes them in threads of its own.
+                saving = self._handler.async_save(folder / STATE, args=self._ocp.args.PyTreeSave(tree))
+                writes = asyncio.run(saving) or []
+                blocks = owned_blocks(flat)
+            except Exception as error:
+                raise self._save_failed(step, error) from error
+        shapes = {path: (tuple(leaf.shape), leaf.dtype.name) for path, leaf in flat.items()}
+        self._pending = step, self._writer.submit(self._write, folder, writes, blocks, shapes, manifest)
+        if not self._async:
+            self.wait()
         return True
 
     def wait(self) -> None:
         """Returns when the save under way is on disk; raises CheckpointError if it failed."""
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._save_failed(self._pending, error) from error
-        self._pending = None
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            try:
+                future.result()
+            except Exception as error:
+                raise self._save_failed(step, error) from error
 
     def close(self) -> None:
-        """Waits and frees the writer's threads."""
+        """Waits and frees the writer's thread."""
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._writer.shutdown()
+            self._handler.close()
 
-    def _save_failed(self, step: int | None, error: Exception) -> CheckpointError:
+    def _begin(self, step: int) -> epath.Path | None:
+        """The folder to write to, made by process 0; None if the step is there already."""
+
+        def make() -> str:
+            if jax.process_index() or step in self._folders.steps():
+                return ""
+            folder = self._folders.begin(step)
+            (folder / STATE).mkdir(parents=True, exist_ok=True)
+            return str(folder)
+
+        folder = self._agreement.everywhere(make)[0]
+        return resolve(folder) if folder else None
+
+    def _write(self, folder: epath.Path, writes: list, blocks: dict, shapes: dict, manifest: dict) -> None:
+        """The part of a save that runs beside the training, in a thread and without collectives."""
+
+        def write() -> None:
+            digests = hash_blocks(blocks)
+            for future in writes:
+                future.result()
+            (folder / _part(jax.process_index())).write_text(json.dumps(digests))
+
+        def commit() -> None:
+            if jax.process_index():
+                return
+            self._handler.finalize(folder / STATE)
+            parts = [folder / _part(process) for process in range(jax.process_count())]
+            manifest["leaves"] = merge_blocks(shapes, [json.loads(part.read_text()) for part in parts])
+            for part in parts:
+                part.unlink()
+            manifest["sha256"] = digest_json(manifest)
+            (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+            self._folders.finish(manifest["step"], folder)
+            self._folders.keep_newest(self._keep)
+
+        self._agreement.everywhere(write)
+        self._agreement.everywhere(commit)
+
+    def _save_failed(self, step: int, error: Exception) -> CheckpointError:
+        space = self._folders.space()
         return CheckpointError(
-            f"saving step {step} to {self._directory} failed ({type(error).__name__}: {error}); "
-            f"complete steps on disk: {self._steps_on_disk() or 'none'}. "
+            f"saving step {step} to {self._folders.directory} failed ({type(error).__name__}: {error}); "
+            f"complete steps on disk: {self._folders.steps() or 'none'}{space and '; '}{space}. "
             f"Check free space and rights, then start the same command again."
         )
 
@@ -162,82 +213,120 @@ class Checkpointer:
         """The newest step that passes its checks, placed on devices as `abstract_state` says.
 
         A step that is damaged (unreadable, incomplete, or a leaf whose sha256 is not the manifest's) is moved
-        to quarantine/ with a warning, and the next older one is tried.
+        to quarantine/ with a warning, by all processes if one finds it so, and the next older one is tried.
 
         Args:
             abstract_state: a `TrainState` of arrays or `jax.ShapeDtypeStruct`; leaves with a sharding are
-                restored to it, which may be another mesh than the saving run's, others to the first local
-                device.
+                restored to it, which may be of another mesh and another number of processes than the saving
+                run's, others to the first local device.
 
         Returns:
-            (state, data_state, metadata), or None if no step is left.
+            (state, data_state, metadata), or None if no step is left; a warning then names the quarantined ones.
 
         Raises:
-            CheckpointError: the step is sound but of another model or optimizer; nothing is moved.
+            CheckpointError: the step is sound but of another model, optimizer or version; nothing is moved.
         """
         self.wait()
         abstract = jax.tree.map(_abstract, _as_tree(abstract_state))
-        for step in reversed(self._steps_on_disk()):
+        steps = self._agreement.everywhere(self._folders.steps)[0]
+        while steps:
+            step = steps.pop()
             try:
-                manifest = self._read_manifest(step)
-            except Exception as error:  # A damaged file raises whatever its parser likes.
-                self._quarantine(step, error)
-                continue
-            self._check_fits(step, manifest, abstract)
-            try:
-                arguments = self._ocp.args.Composite(**{STATE: self._ocp.args.StandardRestore(abstract)})
-                tree = self._manager.restore(step, args=arguments)[STATE]
-                _check_digests(manifest["leaves"], _flatten_state(tree))
-            except (MemoryError, jax.errors.JaxRuntimeError):
-                raise  # The device's trouble, not the checkpoint's.
-            except Exception as error:
-                self._quarantine(step, error)
-                continue
-            return TrainState(**tree), manifest["data_state"], manifest["metadata"]
+                with jax.transfer_guard("allow"):
+                    manifest = self._read_manifest(step)
+                    tree = self._read_state(step, manifest, abstract)
+                return TrainState(**tree), manifest["data_state"], manifest["metadata"]
+            except _Damaged as damage:
+                self._quarantine(step, str(damage), steps)
+        if self._folders.quarantine.exists():
+            logger.warning(
+                "no sound step is left in %s, so the stage begins from its start; what was saved before lies in %s",
+                self._folders.directory,
+                self._folders.quarantine,
+            )
         return None
 
     def _read_manifest(self, step: int) -> dict:
-        arguments = self._ocp.args.Composite(**{MANIFEST: self._ocp.args.JsonRestore()})
-        manifest = self._manager.restore(step, args=arguments)[MANIFEST]
-        if manifest.pop("sha256", None) != _digest_json(manifest) or manifest["step"] != step:
-            raise CheckpointError(f"{MANIFEST_FILE} does not match its own sha256")
+        manifest: dict = {}
+        file = self._folders[step] / MANIFEST_FILE
+
+        def read() -> str:
+            try:
+                manifest.update(json.loads(file.read_text()))
+                told, found = manifest.pop("sha256"), digest_json(manifest)
+                sound = told == found and manifest["step"] == step
+            except Exception as error:  # A damaged file raises whatever its parser likes.
+                if (
+                    not file.exists() and (file.parent / "manifest" / MANIFEST_FILE).exists()
+                ):  # Where schema 1 had it.
+                    raise _other_schema(file.parent, 1) from error
+                raise _Damaged(f"{file}: {type(error).__name__}: {error}") from error
+            if not sound:
+                raise _Damaged(f"{file} does not match its own sha256")
+            if manifest["schema"] != SCHEMA:
+                raise _other_schema(file.parent, manifest["schema"])
+            return told
+
+        sums = self._agreement.everywhere(read, _Damaged)
+        if len(set(sums)) > 1:
+            raise _Damaged(f"{file} is not the same for all processes: {sums}")
         return manifest
 
-    def _check_fits(self, step: int, manifest: dict, abstract: dict) -> None:
-        if manifest["schema"] != SCHEMA:
-            raise CheckpointError(
-                f"{self._directory / str(step)} has schema {manifest['schema']}, this version reads {SCHEMA}"
-            )
-        saved = {path: (tuple(leaf["shape"]), leaf["dtype"]) for path, leaf in manifest["leaves"].items()}
-        wanted = {path: (leaf.shape, leaf.dtype.name) for path, leaf in _flatten_state(abstract).items()}
-        for path in sorted(saved.keys() | wanted.keys()):
-            there, here = saved.get(path), wanted.get(path)
-            if there != here:
+    def _read_state(self, step: int, manifest: dict, abstract: dict) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        folder = self._folders[step] / STATE
+
+        def read() -> None:
+            if misfit := first_misfit(manifest["leaves"], _flatten_state(abstract)):
                 raise CheckpointError(
-                    f"{self._directory / str(step)} is of another model or optimizer: "
-                    f"{path} is {_spell(there)} in the checkpoint and {_spell(here)} in this run. "
+                    f"{folder.parent} is of another model or optimizer: {misfit}. "
                     f"Use the configuration that wrote it, or another working directory."
                 )
+            try:
+                wanted = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+                tree.update(
+                    self._handler.restore(
+                        folder, args=self._ocp.args.PyTreeRestore(item=abstract, restore_args=wanted)
+                    )
+                )
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # The device's trouble, not the checkpoint's.
+            except Exception as error:
+                raise _Damaged(f"{folder}: {type(error).__name__}: {error}") from error
 
-    def _quarantine(self, step: int, error: Exception) -> None:
-        """Moves a damaged step out of Orbax's sight; nothing is deleted."""
-        source, target = self._directory / str(step), self._directory / QUARANTINE
-        reason = f"{type(error).__name__}: {error}"
-        if jax.process_index() == 0:
-            target.mkdir(parents=True, exist_ok=True)
-            count = sum(1 for path in target.iterdir() if path.name.startswith(f"{step}-"))
-            target = target / f"{step}-{count}"
-            source.rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"quarantine_{step}")
-        older = self._steps_on_disk()
+        def check() -> None:
+            if bad := damaged_leaves(manifest["leaves"], _flatten_state(tree)):
+                more = f", and {len(bad) - 1} more blocks" if len(bad) > 1 else ""
+                raise _Damaged(
+                    f"{folder}: {bad[0]} is not what was saved{more}: its sha256 differs from the manifest's"
+                )
+
+        self._agreement.everywhere(read, _Damaged)
+        self._agreement.everywhere(check, _Damaged)
+        return tree
+
+    def _quarantine(self, step: int, reason: str, older: list[int]) -> None:
+        """Moves a damaged step out of sight; nothing is deleted."""
+        move = lambda: None if jax.process_index() else str(self._folders.set_aside(step))  # noqa: E731
+        target = self._agreement.everywhere(move)[0]
         logger.warning(
             "checkpoint %s is damaged (%s); moved to %s; %s",
-            source,
-            reason.splitlines()[0][:300],
+            self._folders[step],
+            " ".join(reason.split())[:500],
             target,
             f"trying step {older[-1]}" if older else "no older step is left",
         )
+
+
+def _part(process: int) -> str:
+    return f"digests-{process}.json"
+
+
+def _other_schema(folder: epath.Path, schema: Any) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has schema {schema}, this version reads {SCHEMA}; finish the stage with the version that began it, "
+        f"or delete {folder.parent} to train the stage from its beginning"
+    )
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
@@ -255,57 +344,10 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _to_host(leaf: Any) -> np.ndarray:
-    """The whole leaf in host memory, wherever its shards lie."""
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
-    return np.asarray(leaf)
-
-
-def leaf_digests(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{path: {shape, dtype, sha256}}; the hash is over the row-major bytes and thus independent of sharding.
-
-    Leaves spread over several processes are gathered one at a time.
-    """
-
-    def digest(leaf: np.ndarray) -> dict[str, Any]:
-        data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-        return {
-            "shape": list(leaf.shape),
-            "dtype": leaf.dtype.name,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-
-    if sum(leaf.size for leaf in flat.values()) < THREADED_ELEMENTS:
-        return {path: digest(_to_host(leaf)) for path, leaf in flat.items()}
-    with concurrent.futures.ThreadPoolExecutor(HASH_THREADS) as pool:
-        futures = {path: pool.submit(digest, _to_host(leaf)) for path, leaf in flat.items()}
-        return {path: future.result() for path, future in futures.items()}
-
-
-def _check_digests(expected: Mapping[str, dict], flat: Mapping[str, Any]) -> None:
-    found = leaf_digests(flat)
-    for path in sorted(expected.keys() | found.keys()):
-        if expected.get(path) != found.get(path):
-            raise CheckpointError(f"{path} is not what was saved: its sha256 differs from the manifest's")
-
-
-def _spell(shape_and_dtype: tuple | None) -> str:
-    return "absent" if shape_and_dtype is None else f"{shape_and_dtype[1]}{list(shape_and_dtype[0])}"
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
-
-
-def _digest_json(value: Any) -> str:
-    return hashlib.sha256(_canonical(value).encode()).hexdigest()
-
-
 def _json_values(value: Mapping, name: str) -> Any:
     """`value` as JSON gives it back (tuples become lists): its hash agrees with the one after reading."""
     try:
-        return json.loads(_canonical(value))
+        return json.loads(canonical(value))
     except (TypeError, ValueError) as error:
         raise TypeError(f"checkpoint {name} must hold JSON values only: {error}") from error
 
@@ -315,96 +357,136 @@ def save_tree(
 ) -> str:
     """Publishes a stage's trainable tree; replaces `directory` as a whole or leaves it as it was.
 
+    A bucket cannot replace a folder as a whole: there metadata.json, without which there is no checkpoint, is removed
+    first and written last.
+
     Args:
-        directory: local folder; becomes trainable.safetensors (paths as names), config.json, metadata.json.
+        directory: local folder or bucket address; gets trainable.safetensors (paths as names), config.json, metadata.json.
         tree: nested dict of arrays.
         config: the resolved configuration, JSON values.
         metadata: stage, versions, and the lineage: "parent" is the hash of the stage checkpoint this one
-            began from, or None. "hash" and "leaves" are added here.
+            began from, or None. "hash", "leaves" and the sums of the two JSON files are added here.
 
     Returns:
         The checkpoint's hash: sha256 over paths, shapes, dtypes and contents of all leaves.
     """
+    first = jax.process_index() == 0
+    config, metadata = _json_values(config, "config"), _json_values(metadata, "metadata")
+    host: dict[str, np.ndarray] = {}
+    for path, leaf in flatten(tree).items():
+        whole = to_host(leaf)  # One at a time, and only process 0 keeps it.
+        if first:
+            host[path] = np.ascontiguousarray(whole).reshape(whole.shape)
+    publish = lambda: _publish(resolve(directory), host, config, metadata) if first else None  # noqa: E731
+    return Agreement("save_tree").everywhere(publish)[0]
+
+
+def _publish(target: epath.Path, host: dict[str, np.ndarray], config: dict, metadata: dict) -> str:
+    from etils import epath
     from safetensors.numpy import save_file
 
-    flat = flatten(tree)
-    digests = leaf_digests(flat)
-    checkpoint_hash = _digest_json(digests)
-    config = _json_values(config, "config")
-    metadata = _json_values(metadata, "metadata")
-    metadata |= {"schema": SCHEMA, "hash": checkpoint_hash, "leaves": digests}
-    host = {path: np.ascontiguousarray(_to_host(leaf)) for path, leaf in flat.items()}
-    if jax.process_index() == 0:
-        target = Path(directory)
+    digests = leaf_digests(host)
+    metadata |= {
+        "schema": SCHEMA,
+        "hash": digest_json(digests),
+        "leaves": digests,
+        "config_sha256": digest_json(config),
+    }
+    metadata["sha256"] = digest_json(metadata)
+    bucket = is_bucket(target)
+    if not bucket:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staged = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
-        staged.mkdir()
-        try:
-            save_file(host, staged / TREE_FILE)
-            (staged / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            (staged / METADATA_FILE).write_text(json.dumps(metadata, indent=2, sort_keys=True) + "\n")
-            for file in (*staged.iterdir(), staged):
-                _flush(file)
-            _replace(staged, target)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_tree")
-    return checkpoint_hash
-
-
-def _flush(path: Path) -> None:
-    """Without this a machine that stops may keep the rename and lose the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
+    beside = tempfile.gettempdir() if bucket else target.parent
+    staged = epath.Path(beside) / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    staged.mkdir()
     try:
-        os.fsync(descriptor)
+        save_file(host, staged / TREE_FILE)
+        for name, value in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):
+            (staged / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+        if bucket:
+            (target / METADATA_FILE).unlink(missing_ok=True)
+            for name in (TREE_FILE, CONFIG_FILE, METADATA_FILE):
+                (staged / name).copy(target / name, overwrite=True)
+        else:
+            for path in (*staged.iterdir(), staged):
+                flush(path)
+            _replace(staged, target)
     finally:
-        os.close(descriptor)
+        if staged.exists():
+            staged.rmtree()
+    return metadata["hash"]
 
 
-def _replace(staged: Path, target: Path) -> None:
+def _replace(staged: epath.Path, target: epath.Path) -> None:
     if target.exists():
         old = staged.with_suffix(".old")
         target.rename(old)
         staged.rename(target)
-        shutil.rmtree(old)
+        old.rmtree()
     else:
         staged.rename(target)
+    flush(target.parent)
 
 
 def load_tree(directory: str | os.PathLike) -> tuple[Tree, dict[str, Any], dict[str, Any]]:
-    """What `save_tree` wrote: (tree of numpy arrays, config, metadata), every leaf checked against its
-    sha256.
+    """What `save_tree` wrote: (tree of numpy arrays, config, metadata), everything checked against its sha256.
 
     Raises:
         FileNotFoundError: a file of the three is missing.
         CheckpointError: a file is damaged; the message names it and the first bad leaf.
     """
-    from safetensors import safe_open
-
-    directory = Path(directory)
+    directory = resolve(directory)
     for name in (TREE_FILE, CONFIG_FILE, METADATA_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is no stage checkpoint: {name} is missing")
-    try:
-        config = json.loads((directory / CONFIG_FILE).read_text())
-        metadata = json.loads((directory / METADATA_FILE).read_text())
-        digests, checkpoint_hash = metadata["leaves"], metadata["hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory}: {CONFIG_FILE} or {METADATA_FILE}: {error!r}") from error
-    if _digest_json(digests) != checkpoint_hash:
+    config, metadata = (_read_json(directory / name) for name in (CONFIG_FILE, METADATA_FILE))
+    if metadata.get("schema") not in (1, SCHEMA):
+        raise CheckpointError(
+            f"{directory / METADATA_FILE} has schema {metadata.get('schema')!r}, this version reads 1 and {SCHEMA}"
+        )
+    digests = metadata.get("leaves")
+    sound = metadata.get("hash") == digest_json(digests)
+    if metadata["schema"] == SCHEMA:
+        sound &= metadata.pop("sha256", None) == digest_json(metadata)
+    if not sound:
         raise CheckpointError(f"{directory / METADATA_FILE} does not match its own hash")
-    try:
-        # "np" gives bf16 as ml_dtypes' type; `load_file` of safetensors.numpy refuses it.
-        with safe_open(directory / TREE_FILE, framework="np") as file:
-            flat = {path: file.get_tensor(path) for path in file.keys()}
-    except Exception as error:  # SafetensorError derives from Exception alone.
-        raise CheckpointError(f"{directory / TREE_FILE} is damaged: {error}") from error
-    try:
-        _check_digests(digests, flat)
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory / TREE_FILE}: {error}") from error
+    # Schema 1 had no sum of the configuration.
+    if metadata.pop("config_sha256", None) not in (digest_json(config), None):
+        raise CheckpointError(f"{directory / CONFIG_FILE} is not what was published: its sha256 differs")
+    flat = _read_leaves(directory / TREE_FILE)
+    found = leaf_digests(flat)
+    for path in sorted(digests.keys() | found.keys()):
+        if digests.get(path) != found.get(path):
+            raise CheckpointError(
+                f"{directory / TREE_FILE}: {path} is not what was saved: its sha256 differs from that in {METADATA_FILE}"
+            )
     return unflatten(flat), config, metadata
+
+
+def _read_json(file: epath.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} is damaged: it holds no JSON object")
+    return value
+
+
+def _read_leaves(file: epath.Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        local = file
+        if is_bucket(file):
+            local = os.path.join(stack.enter_context(tempfile.TemporaryDirectory()), TREE_FILE)
+            file.copy(local)
+        try:
+            # "np" gives bf16 as ml_dtypes' type; `load_file` of safetensors.numpy refuses it.
+            with safe_open(local, framework="np") as opened:
+                return {path: opened.get_tensor(path) for path in opened.keys()}
+        except Exception as error:  # SafetensorError derives from Exception alone.
+            raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,7 @@ A verb's module has `add_arguments(parser)` and `run(args) -> int` (the exit cod
 docstring is the verb's description, and `EPILOG`, where it has one, stands under its help as examples.
 
 Exit codes: 0 all well; 1 something was rejected or failed though the rest went through; 2 unusable arguments,
-configuration or input; 130 interrupted.
+configuration or input; 130 interrupted; 143 stopped by SIGTERM; 75 stuck, or another process is missing: start all again.
 """
 
 from __future__ import annotations
@@ -165,17 +165,28 @@ def _run_verb(verb: str, argv: Sequence[str]) -> int:
             return stop.code or 0
         print(f"avlm {verb}: {stop.code}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"avlm {verb}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as stop:
+        print(f"avlm {verb}: {stop if stop.args else 'interrupted'}", file=sys.stderr)
+        code = getattr(stop, "exit_code", EXIT_INTERRUPTED)
+        _tell_other_processes("leave", code)
+        return code
     except Exception as error:
         message = _message(error)
         if message is None:
+            _tell_other_processes("crash", traceback.format_exc())
             raise
         if "--traceback" in argv:
             traceback.print_exc()
         print(f"avlm {verb}: {message}", file=sys.stderr)
-        return getattr(error, "exit_code", EXIT_UNUSABLE)
+        code = getattr(error, "exit_code", EXIT_UNUSABLE)
+        _tell_other_processes("leave", code, message)
+        return code
+
+
+def _tell_other_processes(how: str, *what: object) -> None:
+    """Where there are other processes of a run, they are told how this one ends, and it ends here."""
+    if (multihost := sys.modules.get("avlm_jax.multihost")) is not None:  # Else no verb has begun a run.
+        getattr(multihost, how)(*what)
 
 
 def _message(error: Exception) -> str | None:

@@ -40,6 +40,7 @@ from avlm_jax.generate import checkpoint_config, find_stop_ids, trained_stage
 from avlm_jax.lora import MERGED, is_lora, retired_updates
 from avlm_jax.models.api import init_params
 from avlm_jax.published import find_lineage, find_reports, find_stage
+from avlm_jax.quantize import float_dtype
 from avlm_jax.state import Tree, flatten, unflatten
 from avlm_jax.weights import qwen2
 from avlm_jax.weights.beats import save_beats
@@ -293,7 +294,7 @@ def _draw(assembly: Assembly, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
     def draw() -> dict[str, jax.Array]:
         zeros = {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
         drawn = flatten(init_params(assembly.system, zeros, config.seed))
-        return {path: drawn[path].astype(config.frozen_dtype) for path in paths}
+        return {path: drawn[path].astype(float_dtype(config.frozen_dtype)) for path in paths}
 
     return {path: np.asarray(leaf).astype(np.float32) for path, leaf in jax.device_get(draw()).items()}
 

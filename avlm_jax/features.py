@@ -13,13 +13,14 @@ from typing import Any
 
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError
+from avlm_jax.quantize import float_dtype
 from avlm_jax.state import flatten, split
 from input_pipeline.features import FIELDS, SUFFIX
 from input_pipeline.mixture import SourceConfig
 from input_pipeline.records import MANIFEST, RecordReader
 
-# Of an encoder's config: chooses the kernel that computes attention, not what is computed.
-FREE = ("backend",)
+# Of an encoder's config: how it is computed, not what: the kernel of its attention, how much at a time.
+FREE = ("backend", "chunk")
 
 
 def features_folder(records: str) -> str:
@@ -36,7 +37,8 @@ def describe_features(assembly: Assembly, modalities: Sequence[str]) -> dict[str
             "dtype": "bfloat16",
             "shape": list(encoders[name].shape),
             "encoder": dataclasses.asdict(encoders[name].config),
-            "frozen_dtype": assembly.config.frozen_dtype,
+            # An int8 base has its encoders in bf16.
+            "frozen_dtype": float_dtype(assembly.config.frozen_dtype),
             "weights": assembly.weights.get(encoders[name].part, drawn),
         }
         for name in modalities
@@ -133,6 +135,17 @@ def open_features(
     parts = tuple(assembly.system.encoders[modality].part for modality in FIELDS if modality in idle)
     check_frozen(parts, learnt, f"stage {name}")
     return found, parts
+
+
+def check_untrained(assembly: Assembly, name: str, trained: Collection[str]) -> None:
+    """Raises ConfigError if stage `name` is to train an encoder, through which no gradient comes."""
+    parts = {encoder.part for encoder in assembly.system.encoders.values()}
+    for path in trained:
+        if path.partition("/")[0] in parts:
+            raise ConfigError(
+                f"stage {name} trains {path}, but {assembly.config.system} keeps its encoders frozen: no gradient reaches "
+                f"{', '.join(sorted(parts))}; take it out of config.stage.{name}.trainable"
+            )
 
 
 def check_readable(assembly: Assembly, reader: RecordReader) -> None:

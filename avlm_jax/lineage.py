@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, check_weights
 from avlm_jax.checkpoint import load_tree
 from avlm_jax.config import ConfigError, config_to_json
 from avlm_jax.lora import retire
+from avlm_jax.multihost import gather
 from avlm_jax.state import Tree
 from input_pipeline.errors import UserError
 
@@ -83,7 +80,17 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
     # Which stages a command runs, how often it logs and on which devices it computes do not change what a stage is (but
     # for the order of sums); where its weights and its tokenizer lie does not either, what they are is compared by hash
     # (`check_weights`).
-    free = ("stages", "log_every", "save_every", "max_nonfinite", "mesh", "loader", "init", "text.tokenizer")
+    free = (
+        "stages",
+        "log_every",
+        "save_every",
+        "max_nonfinite",
+        "mesh",
+        "loader",
+        "timeouts",
+        "init",
+        "text.tokenizer",
+    )
 
     def counts(key: str) -> bool:
         first, _, rest = key.partition(".")
@@ -104,7 +111,7 @@ def check_same_model(
 
     Keys below `but` may differ, and those that change how a model is computed but not what it is.
     """
-    free = ("dtype", "remat", "backend", "attention_backend", "dropout")
+    free = ("dtype", "remat", "backend", "attention_backend", "chunk", "dropout")
     ours, theirs = (flatten_json(c["model"]) for c in (json.loads(config_to_json(config)), made_by))
     keys = sorted(
         key
@@ -129,21 +136,32 @@ def check_same_plan(name: str, plan: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: in every process, naming those whose plan is not process 0's.
+        PeerError: naming those that did not come.
     """
-    if jax.process_count() > 1:
-        digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).digest()
-        digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
-        if others := differing(digests):
-            raise UserError(
-                f"stage {name}: processes {', '.join(map(str, others))} would train on other data than process 0 (this is "
-                f"process {jax.process_index()}: {json.dumps(dict(plan))}). Records, tokenizer and configuration must be "
-                "the same on every host; copy them again from one, or let all name one shared folder"
-            )
+    told = json.dumps(dict(plan), sort_keys=True)
+    found = gather(f"the data of stage {name}", told)
+    if others := [process for process, plan_there in enumerate(found) if plan_there != found[0]]:
+        raise UserError(
+            f"stage {name}: processes {', '.join(map(str, others))} would train on other data than process 0 ({found[0]} "
+            f"there, {told} here). Records, tokenizer and configuration must be the same on every host; copy them from one, "
+            "or let all name one shared folder"
+        )
 
 
-def differing(digests: np.ndarray) -> list[int]:
-    """Processes whose row of uint8 [p k] is not process 0's."""
-    return np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()
+def exists_for_all(folder: Path) -> bool:
+    """Whether a stage's result is there; every process calls it.
+
+    Raises:
+        UserError: some processes see it and others do not.
+    """
+    found = gather(f"look for {folder}", str(folder.exists()))
+    if len(set(found)) > 1:
+        there = [str(process) for process, answer in enumerate(found) if answer == str(True)]
+        raise UserError(
+            f"{folder} is there for processes {', '.join(there)} and not for the others; --workdir must be one folder that all "
+            "hosts share"
+        )
+    return found[0] == str(True)
 
 
 def flatten_json(value: Any, prefix: str = "") -> dict[str, Any]:

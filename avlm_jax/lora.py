@@ -18,8 +18,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from avlm_jax.quantize import SCALE, int8_matmul
+
 # Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
 ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+# Of these the inputs are split over the mesh's "tensor" axis, of the others the outputs; see `sharding.LLM`.
+ROW_PARALLEL = ("o", "down")
 
 # PEFT draws A by torch's kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(fan in) (tuners/lora/layer.py).
 A_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -50,7 +55,8 @@ class LoraConfig:
 class LoraDense(nn.Module):
     """y = x W + b + alpha/r * dropout(x) A B, with A random and B zero, so that a fresh adapter changes nothing.
 
-    Parameters: kernel [in out], bias [out] (if `use_bias`), lora_a [in r], lora_b [r out] (if `lora` is given).
+    Parameters: kernel [in out], bias [out] (if `use_bias`), lora_a [in r], lora_b [r out] (if `lora` is given). The kernel of a
+    frozen base may be int8, with its kernel_scale [out] beside it; see `avlm_jax.quantize`.
     """
 
     features: int
@@ -63,7 +69,12 @@ class LoraDense(nn.Module):
         width = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features))
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        if kernel.dtype == jnp.int8:
+            scale = self.param("kernel_scale", nn.initializers.ones, (self.features,))
+            axes = ("tensor", None) if self.name in ROW_PARALLEL else (None, "tensor")
+            y = int8_matmul(x, kernel, scale, axes)
+        else:
+            y = x @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,))
             y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -104,7 +115,7 @@ def merge_lora(params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
     """A nested tree of parameters with every adapter added to its kernel, and no lora_a and lora_b left.
 
     Raises:
-        ValueError: an adapter without its other half or without a kernel.
+        ValueError: an adapter without its other half or without a kernel, or beside a quantised kernel.
     """
     flat = flatten_dict(dict(params), sep="/")
     merged = {path: leaf for path, leaf in flat.items() if not is_lora(path)}
@@ -113,6 +124,11 @@ def merge_lora(params: Mapping[str, Any], config: LoraConfig) -> dict[str, Any]:
         parts = [f"{layer}/{name}" for name in ("kernel", "lora_a", "lora_b")]
         if missing := [part for part in parts if part not in flat]:
             raise ValueError(f"{path} has no {', '.join(missing)} beside it")
+        if parts[0] + SCALE in flat:
+            raise ValueError(
+                f"{parts[0]} is int8; merge adapters into the kernels as released (`Assembly.parameters` does it for "
+                "retired ones), since rounding a rounded kernel again would lose accuracy twice"
+            )
         kernel, a, b = (flat[part] for part in parts)
         merged[parts[0]] = merge_kernel(kernel, [(a, b)], config.alpha / config.rank)
     return unflatten_dict(merged, sep="/")

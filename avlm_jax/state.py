@@ -65,6 +65,8 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[Tree, Tree]:
     """Parts parameters into (trainable, frozen), two nested dicts with disjoint paths.
 
+    The scale of a quantised kernel goes with its kernel, whatever matches it.
+
     Args:
         params: nested dicts.
         patterns: regexes; a parameter is trainable if one of them matches its whole path. No patterns: all
@@ -80,7 +82,7 @@ def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[Tree, Tre
             regex = re.compile(pattern)
         except re.error as error:
             raise ValueError(f"trainable pattern {pattern!r} is not a regular expression: {error}") from error
-        matched = [path for path in flat if regex.fullmatch(path)]
+        matched = [path for path in flat if regex.fullmatch(_owner(path))]
         if not matched:
             nearest = ", ".join(nearest_paths(pattern, flat)) or "none"
             raise ValueError(
@@ -91,6 +93,11 @@ def split(params: Mapping[str, Any], patterns: Sequence[str]) -> tuple[Tree, Tre
     trainable = {path: leaf for path, leaf in flat.items() if path in trainable_paths}
     frozen = {path: leaf for path, leaf in flat.items() if path not in trainable_paths}
     return unflatten(trainable), unflatten(frozen)
+
+
+def _owner(path: str) -> str:
+    """A parameter's own path; of a quantised kernel's scale its kernel's (see `avlm_jax.quantize`)."""
+    return path.removesuffix("_scale") if path.endswith("/kernel_scale") else path
 
 
 def nearest_paths(pattern: str, paths: Sequence[str] | Mapping[str, Any], count: int = 3) -> list[str]:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int
 
 from avlm_jax.models.api import System
 from avlm_jax.optim import OptimConfig, apply_updates, global_norm, make_optimizer
+from avlm_jax.quantize import abstract_frozen
 from avlm_jax.sharding import batch_sharding, param_shardings, replicated, state_shardings
-from avlm_jax.state import TrainState, Tree, flatten, merge, split, unflatten
+from avlm_jax.state import TrainState, Tree, flatten, merge, split
 from input_pipeline.spec import PIXELS, FeatureShapes, MediaSpec
 
 # Micro-batches whose programs may wait for the device while the host goes on; each holds its arrays there.
@@ -255,12 +256,12 @@ def abstract_inputs(
         spec: of the media.
         rows, length: of a micro-batch's text, over all devices.
         clips_per_row, features: see `MediaSpec.batch_shapes`.
-        frozen_dtype: of floating-point parameters that are not trained.
+        frozen_dtype: of parameters that are not trained, see `avlm_jax.quantize`.
         without: top-level parts that are not there ("vision" when its features are cached).
     """
     kept = {part: tree for part, tree in params.items() if part not in without}
-    mine, others = split(kept, trainable)
-    mine, others = _abstract(mine, "float32", mesh), _abstract(others, frozen_dtype, mesh)
+    trained = flatten(split(kept, trainable)[0])
+    mine, others = split(_placed(abstract_frozen(kept, frozen_dtype, trained), mesh), trainable)
     state = jax.eval_shape(lambda tree: TrainState.create(tree, make_optimizer(optim), 0), mine)
     placed = state_shardings(state, mesh, jax.tree.map(lambda leaf: leaf.sharding, mine))
     state = jax.tree.map(_with_sharding, state, placed)
@@ -277,14 +278,8 @@ def abstract_inputs(
     return StepInputs(state, others, state.trainable, totals, batch, scalar(np.float32))
 
 
-def _abstract(tree: Tree, dtype: str, mesh: Mesh) -> Tree:
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if floating else leaf.dtype)
-
-    leaves = {path: one(leaf) for path, leaf in flatten(tree).items()}
-    shardings = flatten(param_shardings(unflatten(leaves), mesh))
-    return unflatten({path: _with_sharding(leaf, shardings[path]) for path, leaf in leaves.items()})
+def _placed(tree: Tree, mesh: Mesh) -> Tree:
+    return jax.tree.map(_with_sharding, tree, param_shardings(tree, mesh))
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:

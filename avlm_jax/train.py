@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import math
 import sys
@@ -39,19 +41,24 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
-from avlm_jax.features import open_features
+from avlm_jax.features import check_untrained, open_features
 from avlm_jax.lineage import (
     check_finished,
     check_parent,
     check_same_config,
     check_same_plan,
+    exists_for_all,
     load_parent,
 )
+from avlm_jax.multihost import Timeouts, initialize, is_first, ready, say
 from avlm_jax.optim import OptimConfig, learning_rate
+from avlm_jax.peers import PUBLISHES, SAVES
+from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
 from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
+from avlm_jax.watchdog import Watchdog
 from avlm_jax.writer import Console, MetricsWriter
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
@@ -119,23 +126,31 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
     Raises:
         ConfigError: a stage of another configuration lies in `workdir`, or a stage's parent is not finished.
         TrainingError: the loss was not finite config.max_nonfinite times in a row.
+        PeerError: another process of the run did not come.
+        Stopped: by SIGTERM or Ctrl-C; what was learnt is saved.
     """
     workdir = Path(workdir)
+    timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
     assembly = assemble(config)
     finals = {}
-    for name in config.stages:
-        finals[name] = workdir / name / "final"
-        if finals[name].exists():
-            check_finished(assembly, name, finals[name])
-            print(f"stage {name}: finished before, {finals[name]}", flush=True)
-        else:
-            # What is traced may ask for the mesh: activation constraints, attention kernels.
-            with jax.set_mesh(assembly.mesh):
-                run_stage(assembly, name, workdir, assembly.mesh)
+    with Watchdog(timeouts) as watchdog, StopSignal(timeouts.grace, watchdog.describe) as stop:
+        for name in config.stages:
+            finals[name] = workdir / name / "final"
+            watchdog.stage(name, workdir / name)
+            if exists_for_all(finals[name]):
+                check_finished(assembly, name, finals[name])
+                say(f"stage {name}: finished before, {finals[name]}")
+            else:
+                # What is traced may ask for the mesh: activation constraints, attention kernels.
+                with jax.set_mesh(assembly.mesh):
+                    run_stage(assembly, name, workdir, assembly.mesh, watchdog, stop)
+        ready("the end")
     return finals
 
 
-def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
+def run_stage(
+    assembly: Assembly, name: str, workdir: Path, mesh: Mesh, watchdog: Watchdog, stop: StopSignal
+) -> None:
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
@@ -145,6 +160,7 @@ def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
     except ValueError as error:  # A pattern that fits nothing.
         raise ConfigError(f"stage {name}: {error}") from error
+    check_untrained(assembly, name, trained)
     sources, idle = open_features(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )
@@ -179,10 +195,10 @@ def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
     except ValueError as error:  # Weights or a parent's result that do not fit the configuration.
         raise ConfigError(f"stage {name}: {error}") from error
     del params
-    print(f"stage {name}\n{format_sizes(describe(trainable, frozen))}", flush=True)
-    print(loader.describe(), flush=True)
+    say(f"stage {name}\n{format_sizes(describe(trainable, frozen))}")
+    say(loader.describe())
     for part, report in reports.items():
-        print(f"{part}: {report}", flush=True)
+        say(f"{part}: {report}")
 
     state = create_state(trainable, stage.optim, config.seed, mesh)
     del trainable  # Its arrays are the state's now.
@@ -204,12 +220,19 @@ def run_stage(assembly: Assembly, name: str, workdir: Path, mesh: Mesh) -> None:
             check_weights(saved.get("weights"), assembly.weights, workdir / name)
             loader.restore(data_state)
             start = int(state.step)
-            print(f"stage {name}: continues at step {start} of {total}", flush=True)
+            say(f"stage {name}: continues at step {start} of {total}")
         work = Work(
             name, config, stage, mesh, step, micro_batches, start, total, {**metadata, "config": made_with}
         )
-        with MetricsWriter(workdir / name, resume_step=start or None) as writer:
-            state = loop(work, state, frozen, loader, checkpointer, writer)
+        ready(f"stage {name}, before its first step")
+        trace = (
+            MetricsWriter(workdir / name, resume_step=start or None)
+            if is_first()
+            else contextlib.nullcontext()
+        )
+        with trace as writer:
+            state = loop(work, state, frozen, loader, checkpointer, writer, watchdog, stop)
+    watchdog.at(PUBLISHES)
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
     counts = {"steps": total, "skipped": int(state.skipped)}
@@ -248,11 +271,14 @@ def loop(
     frozen: Tree,
     loader: Loader,
     checkpointer: Checkpointer,
-    writer: MetricsWriter,
+    writer: MetricsWriter | None,
+    watchdog: Watchdog,
+    stop: StopSignal,
 ) -> TrainState:
     """Steps `work.start`..`work.total`. Metrics are read one step late, so that the host never waits for the device."""
     config, mesh, total = work.config, work.mesh, work.total
-    console = Console(total, start_step=work.start, label=f"stage {work.name}")
+    stream = sys.stderr if is_first() else io.StringIO()
+    console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
     clock, nonfinite = DataClock(), Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
 
@@ -267,23 +293,35 @@ def loop(
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}
             share = clock.share(batches.waited)
-            writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
+            if writer is not None:
+                writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
         nonfinite.check(number, values)
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
-    with Prefetch(loader, lambda batch: put_batch(batch, mesh), config.loader.prefetch) as batches:
+    def save(number: int) -> None:
+        report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
+        watchdog.at(SAVES)
+        # One step after the other: the loader itself is ahead of that.
+        checkpointer.save(number, state, loader.state(number), work.metadata)
+
+    place = functools.partial(put_batch, mesh=mesh)
+    with stop.deferred(), Prefetch(loader, place, config.loader.prefetch) as batches:
         for number in range(work.start + 1, total + 1):
+            if stop.reached(number - 1):
+                if number - 1 > work.start:
+                    save(number - 1)
+                    checkpointer.wait()
+                stop.end(number - 1)
+            watchdog.step(number)
             lr = learning_rate(work.stage.optim, number - 1, total)
             rate = jax.device_put(lr, replicated(mesh))
             # Whatever crosses between host and devices in a step was put there on purpose before.
             with jax.transfer_guard("disallow"):
-                state, metrics = work.step(state, frozen, batches, rate, work.micro_batches)
+                state, metrics = work.step(state, frozen, watchdog.reading(batches), rate, work.micro_batches)
             report()
             pending = (number, metrics, lr)
             if number % config.save_every == 0 or number == total:
-                report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
-                # One step after the other: the loader itself is ahead of that.
-                checkpointer.save(number, state, loader.state(number), work.metadata)
+                save(number)
     console.close()
     return state
 
@@ -316,7 +354,8 @@ class Nonfinite:
                 f"{told}. It is the {self._in_a_row}. such step in a row (config.max_nonfinite); lower "
                 f"config.stage.{name}.optim.lr or remove what these samples have in common, then start the same command again"
             )
-        print(f"{told}; skipped, {values['skipped']:.0f} so far", file=sys.stderr, flush=True)
+        if is_first():
+            print(f"{told}; skipped, {values['skipped']:.0f} so far", file=sys.stderr, flush=True)
 
 
 class DataClock:
@@ -353,10 +392,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; 0 when every stage is finished."""
     config = config_from_args(args)
+    initialize(to_dataclass(Timeouts, config.timeouts, "timeouts"))
     enable_compilation_cache()
     begun = time.monotonic()
     finals = train(config, args.workdir)
-    print(
+    say(
         f"{len(finals)} stages in {time.monotonic() - begun:.0f} s; the last one's result: {list(finals.values())[-1]}"
     )
     return 0

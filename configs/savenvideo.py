@@ -116,6 +116,8 @@ def full() -> ConfigDict:
                     "num_heads": 16,
                     "feature_layer": -2,
                     "dtype": "bfloat16",
+                    "backend": "auto",
+                    "chunk": 4,
                 },
                 "audio": {
                     "width": 768,
@@ -125,6 +127,8 @@ def full() -> ConfigDict:
                     "embed_dim": 512,
                     "mask": "time_patch",
                     "dtype": "bfloat16",
+                    "backend": "auto",
+                    "chunk": 4,
                 },
                 "time": {"f": "sinusoid", "source": "query"},
                 "avts": {
@@ -140,6 +144,7 @@ def full() -> ConfigDict:
                     "visual_pool": "none",
                     "freq_pool": "mean",
                     "dtype": "bfloat16",
+                    "backend": "auto",
                 },
                 "llm": {
                     "vocab_size": 152_064,
@@ -153,7 +158,8 @@ def full() -> ConfigDict:
                     "qkv_bias": True,
                     "tie_embeddings": False,
                     "dtype": "bfloat16",
-                    "remat": True,
+                    "remat": "full",
+                    "attention_backend": "auto",
                     "lora": {"rank": 128, "alpha": 256.0, "dropout": 0.05},
                 },
             },
@@ -173,6 +179,16 @@ def full() -> ConfigDict:
             "log_every": 10,
             "save_every": 200,
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
+            # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
+            "timeouts": {
+                "connect": 300.0,
+                "ready": 1800.0,
+                "first_step": 1800.0,
+                "step": 600.0,
+                "save": 900.0,
+                "late": 30.0,
+                "grace": 20.0,
+            },
             "stages": ("1a", "1b", "2a", "2b"),
             "stage": {
                 # Batch sizes, rates and epochs are the paper's. Stage 1a sees no sound: its audio branch is not aligned yet.
@@ -237,6 +253,7 @@ def demo() -> ConfigDict:
             "mlp_dim": 192,
             "num_heads": 4,
             "dtype": "float32",
+            "chunk": 0,
         }
     )
     config.model.audio.update(
@@ -249,6 +266,7 @@ def demo() -> ConfigDict:
             "conv_pos_kernel": 16,
             "conv_pos_groups": 4,
             "dtype": "float32",
+            "chunk": 0,
         }
     )
     config.model.avts.update(
@@ -272,7 +290,7 @@ def demo() -> ConfigDict:
             "rope_theta": 1e3,
             "tie_embeddings": True,
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
         }
     )
     config.model.llm.lora.update({"rank": 16, "alpha": 32.0, "dropout": 0.0})

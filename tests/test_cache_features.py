@@ -20,7 +20,7 @@ from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.cache_features import Encoders, Tally, all_records, cache_features, make_encoders
 from avlm_jax.config import ConfigError, apply_overrides, load_config
 from avlm_jax.evaluate import evaluate
-from avlm_jax.features import check_features, features_folder, open_features
+from avlm_jax.features import check_features, describe_features, features_folder, open_features
 from avlm_jax.models.api import build_system, init_params
 from avlm_jax.state import Tree, merge, split
 from avlm_jax.writer import read_metrics
@@ -467,10 +467,18 @@ def test_features_of_another_encoder_are_refused(
 def test_another_attention_kernel_is_the_same_encoder(folders: dict[str, str], tokenizer: Path) -> None:
     folder = features_folder(folders["video,audio"])
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
-    assert manifest["features"]["video"]["encoder"]["backend"] == "reference"
+    assert manifest["features"]["video"]["encoder"]["backend"] == "auto"
     reader = RecordReader(folder)
     reader.manifest["features"]["video"]["encoder"]["backend"] = "cudnn"
     check_features(assemble(tiny_config(tokenizer)), reader)
+
+
+def test_an_int8_base_has_the_same_encoders_as_a_bf16_one(tokenizer: Path) -> None:
+    found, expected = (
+        describe_features(assemble(tiny_config(tokenizer, f"frozen_dtype={name}")), ("video", "audio"))
+        for name in ("int8", "bfloat16")
+    )
+    assert found == expected
 
 
 def test_features_of_records_that_were_prepared_anew_are_refused(

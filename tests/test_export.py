@@ -212,6 +212,21 @@ def test_what_no_stage_has_trained_is_what_ask_would_draw(tiny, tmp_path):
     assert bits({"llm": load_qwen2(out / "llm")[1]}) == bits({"llm": load_qwen2(tiny.config.init.llm)[1]})
 
 
+def test_an_export_holds_the_released_weights_whatever_the_base_was_kept_in(tiny, tmp_path):
+    """An adapter that was trained over an int8 base goes onto, and into, the weights as released."""
+    tree = learnt_of(tiny)
+    partly = {
+        path: leaf for path, leaf in flatten(tree).items() if not path.startswith("connector/audio_mlp/")
+    }
+    config, plain = (apply_overrides(tiny.config, [f"frozen_dtype={name}"]) for name in ("int8", "bfloat16"))
+    found, expected = (export_model(c, unflatten(partly), tmp_path / c.frozen_dtype) for c in (config, plain))
+    for name in ("llm", "vision", "audio", "connector"):
+        file = f"{name}/model.safetensors"
+        assert (found / file).read_bytes() == (expected / file).read_bytes()
+    apart = export_model(config, tree, tmp_path / "apart", adapter=True)
+    assert bits({"llm": load_qwen2(apart / "llm")[1]}) == bits({"llm": load_qwen2(tiny.config.init.llm)[1]})
+
+
 # One tensor at a time
 
 

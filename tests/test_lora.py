@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from avlm_jax.llm.decoder import Decoder, DecoderConfig, causal_mask
+from avlm_jax.layers.mask import causal_mask
+from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.lora import (
     LoraConfig,
     LoraDense,
@@ -26,7 +27,7 @@ from avlm_jax.state import flatten, unflatten
 
 LORA = LoraConfig(rank=3, alpha=12.0, dropout=0.0)
 CONFIG = DecoderConfig(
-    vocab_size=40, width=16, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=24, dtype="float32", remat=False,
+    vocab_size=40, width=16, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=24, dtype="float32", remat="none",
     lora=LORA,
 )  # fmt: skip
 

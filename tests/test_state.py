@@ -48,6 +48,16 @@ def test_split_is_disjoint_complete_and_matches_whole_paths() -> None:
         state.split(params(), ["connector"])  # a prefix is not the whole path
 
 
+def test_a_scale_goes_with_its_kernel() -> None:
+    """A pattern meant for norms takes no scale of a frozen int8 kernel, and cannot name one."""
+    layer = {"kernel": jnp.ones((2, 2), jnp.int8), "kernel_scale": jnp.ones(2)}
+    tree = {"q": layer, "norm": {"scale": jnp.ones(2)}}
+    assert state.flatten(state.split(tree, [".*scale"])[0]).keys() == {"norm/scale"}
+    assert state.flatten(state.split(tree, ["q/kernel"])[1]).keys() == {"norm/scale"}
+    with pytest.raises(ValueError, match="matches no parameter path"):
+        state.split(tree, ["q/kernel_scale"])
+
+
 def test_a_pattern_without_a_match_names_the_nearest_path() -> None:
     with pytest.raises(ValueError, match="nearest paths: connector/proj/kernel"):
         state.split(params(), [r"connector/projection/kernel"])

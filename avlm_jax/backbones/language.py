@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from avlm_jax.llm.decoder import Decoder, DecoderConfig, causal_mask
+from avlm_jax.layers.mask import causal_mask
+from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.models.api import MediaTokens, splice
 from input_pipeline.synthetic.described import DescribedScene, corpus, describe
 from input_pipeline.synthetic.scene import MOMENTS

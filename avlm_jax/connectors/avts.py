@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from avlm_jax.config import ConfigError
 from avlm_jax.connectors.positions import grid_code, seconds_code
 from avlm_jax.layers.attention import MASKED, attention
+from avlm_jax.layers.mask import AttentionMask
 from avlm_jax.layers.mlp import Mlp
 from avlm_jax.layers.norms import LayerNorm
 
@@ -43,6 +44,8 @@ class AvtsConfig:
             "frame": one token a frame, the mean of its patches.
         freq_pool: "mean" over the mel rows of an audio time step; "none"; "window": one token a window, the mean of all.
         dtype: of activations and matrix products.
+        backend: of `avlm_jax.layers.attention.attention`. What a query of scope "per_frame" may read is a dense mask, which
+            splash does not take.
     """
 
     resampler: str = "avts"
@@ -58,6 +61,7 @@ class AvtsConfig:
     visual_pool: str = "none"
     freq_pool: str = "mean"
     dtype: str = "bfloat16"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         allowed = {
@@ -135,7 +139,7 @@ class PositionedAttention(nn.Module):
         x_pos: Float[Array, "#b m d"],
         keys: Float[Array, "b k d"],
         keys_pos: Float[Array, "#b k d"],
-        mask: Bool[Array, "b m k"],
+        mask: AttentionMask,
     ) -> Float[Array, "b m d"]:
         c = self.config
         q, k, v = x + x_pos.astype(x.dtype), keys + keys_pos.astype(keys.dtype), keys
@@ -154,10 +158,11 @@ class PositionedAttention(nn.Module):
             "intermediates"
         ):  # For pictures of what a query looks at: mean over heads.
             logits = jnp.einsum("bmhd,bkhd->bhmk", split(q), split(k)).astype(jnp.float32) * scale
-            self.sow(
-                "intermediates", "weights", jax.nn.softmax(jnp.where(mask[:, None], logits, MASKED)).mean(1)
-            )
-        y = attention(split(q), split(k), split(v), mask=mask[:, None], scale=scale).reshape(x.shape)
+            allowed = mask.matrix(*logits.shape[2:])
+            self.sow("intermediates", "weights", jax.nn.softmax(jnp.where(allowed, logits, MASKED)).mean(1))
+        y = attention(split(q), split(k), split(v), mask=mask, scale=scale, backend=c.backend).reshape(
+            x.shape
+        )
         return y if c.attention == "plain" else nn.Dense(self.width, dtype=c.dtype, name="o")(y)
 
 
@@ -228,13 +233,17 @@ class Resampler(nn.Module):
         is_media = jnp.concatenate(
             [jnp.broadcast_to(i < 2, t.mask.shape) for i, t in enumerate(kinds)], axis=1
         )
-        cross_mask = readable & mask[:, None, :]
-        valid = jnp.any(cross_mask & is_media[:, None, :], axis=-1)
+        # Global queries all read the same keys; that is said by the keys alone, which every kernel takes.
+        allowed = mask[:, None, :] if readable is None else readable & mask[:, None, :]
+        cross_mask = (
+            AttentionMask(kv_valid=mask) if readable is None else AttentionMask(dense=allowed[:, None])
+        )
+        valid = jnp.broadcast_to(jnp.any(allowed & is_media[:, None, :], axis=-1), x.shape[:2])
         if (
             c.time_scope == "inside"
         ):  # The question is not about this group's share of the time: nothing to tell.
-            valid &= jnp.any(cross_mask & ~is_media[:, None, :], axis=-1)
-        self_mask = valid[:, None, :] & jnp.ones((1, x.shape[1], 1), bool)
+            valid &= jnp.any(allowed & ~is_media[:, None, :], axis=-1)
+        self_mask = AttentionMask(kv_valid=valid)
         for layer in range(c.num_layers):
             block = ResamplerBlock(c, self.width, name=f"layer_{layer}")
             x = block(x, x_pos, keys, keys_pos, self_mask, cross_mask)
@@ -255,16 +264,15 @@ class Resampler(nn.Module):
 
     def _queries(
         self, kinds: tuple[Tokens, ...], duration: jax.Array
-    ) -> tuple[Float[Array, "b m d"], Float[Array, "b m d"], Bool[Array, "b m k"]]:
-        """First queries, their positions, and which keys each may read."""
+    ) -> tuple[Float[Array, "b m d"], Float[Array, "b m d"], Bool[Array, "b m k"] | None]:
+        """First queries, their positions, and which keys each may read; None: all."""
         c, b = self.config, duration.shape[0]
         init = nn.initializers.truncated_normal(0.02)  # Qwen-VL's resampler.
         learnt_pos = self.param("query_pos", init, (c.num_queries, self.width))[None]
-        total = sum(t.seconds.shape[1] for t in kinds)
         if c.scope == "global":
             queries = self.param("queries", init, (c.num_queries, self.width))[None]
             x = jnp.broadcast_to(queries, (b, c.num_queries, self.width))
-            return x.astype(c.dtype), learnt_pos, jnp.ones((b, c.num_queries, total), bool)
+            return x.astype(c.dtype), learnt_pos, None
         slots = c.num_queries // self.groups
         if slots * self.groups != c.num_queries:
             raise ConfigError(

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from avlm_jax.layers.attention import attention
+from avlm_jax.layers.mask import AttentionMask
 from avlm_jax.layers.mlp import Mlp
 from avlm_jax.layers.norms import LayerNorm
 from avlm_jax.sharding import constrain
@@ -52,7 +53,8 @@ class BeatsConfig:
             column that is partly valid; "unilm" reshapes the frame mask to the token count as the original
             does, so that the column at the border can be masked for some mel rows only. Use it for parity.
         dtype: of activations and matrix products; norms, position bias and softmax stay fp32.
-        backend: of `avlm_jax.layers.attention.attention`.
+        backend: of `avlm_jax.layers.attention.attention`. Splash takes no position bias: on a TPU "auto" is the reference.
+        chunk: windows of each row that are encoded at a time while training, 0 = all; see `avlm_jax.encoders.frozen`.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown mask.
@@ -73,13 +75,15 @@ class BeatsConfig:
     deep_norm: bool = True
     mask: str = "time_patch"
     dtype: str = "float32"
-    backend: str = "reference"
+    backend: str = "auto"
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name = field.name
-            if field.type == "int" and getattr(self, name) < 1:
-                raise ValueError(f"audio.{name} is {getattr(self, name)}; it must be at least 1")
+            least = 0 if name == "chunk" else 1
+            if field.type == "int" and getattr(self, name) < least:
+                raise ValueError(f"audio.{name} is {getattr(self, name)}; it must be at least {least}")
         for whole, part in (("num_mel", "patch_size"), ("width", "num_heads"), ("width", "conv_pos_groups")):
             size, divisor = getattr(self, whole), getattr(self, part)
             if size % divisor:
@@ -201,7 +205,7 @@ class GatedAttention(nn.Module):
             gate = a * (b * scale[None, None] - 1.0) + 2.0  # [n t h]
             bias = bias * gate.transpose(0, 2, 1)[..., None]
         # unilm computes softmax(32 (l / 32 - max)), which is a softmax of l; fp32 logits need no such trick.
-        mixed = attention(q, k, v, mask=mask[:, None, None, :], bias=bias, backend=c.backend)
+        mixed = attention(q, k, v, mask=AttentionMask(kv_valid=mask), bias=bias, backend=c.backend)
         return nn.Dense(c.width, dtype=c.dtype, kernel_init=_xavier_normal(c.init_gain), name="o")(
             mixed.reshape(x.shape)
         )

@@ -48,6 +48,7 @@ class SiglipConfig:
         ln_eps: of every layer norm.
         dtype: of activations and matrix products; norms and softmax stay fp32.
         backend: of `avlm_jax.layers.attention.attention`.
+        chunk: frames of each row that are encoded at a time while training, 0 = all; see `avlm_jax.encoders.frozen`.
 
     Raises:
         ValueError: a size is not positive, width does not divide by num_heads, the image is smaller than a
@@ -63,12 +64,15 @@ class SiglipConfig:
     feature_layer: int = -2
     ln_eps: float = 1e-6
     dtype: str = "float32"
-    backend: str = "reference"
+    backend: str = "auto"
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "patch_size", "width", "depth", "mlp_dim", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"vision.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.chunk < 0:
+            raise ValueError(f"vision.chunk is {self.chunk}; it must be at least 0 (all frames at once)")
         if self.width % self.num_heads:
             raise ValueError(
                 f"vision.width {self.width} does not divide by vision.num_heads {self.num_heads}"
@@ -104,7 +108,7 @@ class MultiHeadAttention(nn.Module):
 
     num_heads: int
     dtype: str = "float32"
-    backend: str = "reference"
+    backend: str = "auto"
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t d"], memory: Float[Array, "n s d"]) -> Float[Array, "n t d"]:

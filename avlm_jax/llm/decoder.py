@@ -7,10 +7,13 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from avlm_jax.layers.attention import attention
+from avlm_jax.layers.mask import AttentionMask
 from avlm_jax.layers.rope import rotate
+from avlm_jax.llm.remat import BLOCK_INPUT, QKV, check_name, rematerialised
 from avlm_jax.lora import LoraConfig, LoraDense
 from avlm_jax.sharding import constrain
 
@@ -24,8 +27,12 @@ class DecoderConfig:
         head_dim: width of one attention head; null means width / num_heads.
         qkv_bias: Qwen2 has biases on q, k, v (not on o); LLaMA has none.
         tie_embeddings: the output head is the embedding table (Qwen2 0.5B and 1.5B).
-        remat: recompute each block in the backward pass instead of storing its activations.
+        remat: what each block keeps for the backward pass, a name of `avlm_jax.llm.remat`.
+        attention_backend: of `avlm_jax.layers.attention.attention`.
         lora: adapters on the block's linear layers; rank 0 = none.
+
+    Raises:
+        ValueError: an unknown remat policy.
     """
 
     vocab_size: int = 152_064
@@ -40,9 +47,12 @@ class DecoderConfig:
     qkv_bias: bool = True
     tie_embeddings: bool = False
     dtype: str = "bfloat16"
-    remat: bool = True
-    attention_backend: str = "reference"
+    remat: str = "full"
+    attention_backend: str = "auto"
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        check_name(self.remat)
 
     @property
     def dim_per_head(self) -> int:
@@ -100,7 +110,8 @@ class SelfAttention(nn.Module):
             k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, index, 0, 0))
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, index, 0, 0))
             cache = (k, v)
-        y = attention(q, k, v, mask=mask[:, None], backend=c.attention_backend)
+        q, k, v = checkpoint_name((q, k, v), QKV)
+        y = attention(q, k, v, mask=mask, backend=c.attention_backend)
         return self._dense("o", c.width, False)(y.reshape(b, t, -1)), cache
 
     def _dense(self, name: str, features: int, use_bias: bool) -> LoraDense:
@@ -132,6 +143,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, index, positions, mask):
+        x = checkpoint_name(x, BLOCK_INPUT)
         y, cache = SelfAttention(self.config, name="attn")(
             RMSNorm(self.config.norm_eps, name="norm1")(x), cache, index, positions, mask
         )
@@ -154,9 +166,8 @@ class Decoder(nn.Module):
         self.embedding = self.param(
             "embed", lambda key: {"embedding": 0.02 * jax.random.normal(key, (c.vocab_size, c.width))}
         )
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.layers = nn.scan(
-            block,
+            rematerialised(Block, c.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
@@ -183,7 +194,7 @@ class Decoder(nn.Module):
         self,
         embeddings: Float[Array, "b l d"],
         positions: Int[Array, "b l"],
-        mask: Bool[Array, "b l s"],
+        mask: AttentionMask,
         cache: KVCache | None = None,
     ) -> tuple[Float[Array, "b l d"], KVCache | None]:
         """Runs all blocks and the final norm.
@@ -191,7 +202,7 @@ class Decoder(nn.Module):
         Args:
             embeddings: input vectors.
             positions: rotary positions.
-            mask: True where position l may look at key s; without a cache s = l, with one s = the cache's slots.
+            mask: which positions see which keys; without a cache s = l, with one s = the cache's slots.
             cache: where to write this call's keys and values, starting at `cache.index`.
 
         Returns:
@@ -203,10 +214,3 @@ class Decoder(nn.Module):
         if cache is not None:
             cache = KVCache(*layers, index=index + embeddings.shape[1])
         return self.norm(x), cache
-
-
-def causal_mask(segment_ids: Int[Array, "b l"]) -> Bool[Array, "b l l"]:
-    """Each position sees itself and earlier positions of its own segment; padding (segment 0) sees and is seen by none."""
-    length = segment_ids.shape[1]
-    same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids[:, :, None] > 0)
-    return same & jnp.tril(jnp.ones((length, length), bool))[None]

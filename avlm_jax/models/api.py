@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
-from avlm_jax.llm.decoder import Decoder, KVCache, causal_mask
+from avlm_jax.layers.mask import AttentionMask, causal_mask
+from avlm_jax.llm.decoder import Decoder, KVCache
 from avlm_jax.losses import masked_cross_entropy
 from avlm_jax.sharding import constrain
 
@@ -126,13 +127,13 @@ class System(nn.Module):
         llm: Decoder = self.llm
         embeddings, segment_ids = self.spliced(batch)
         b, length = batch["tokens"].shape
-        seen = jnp.pad(segment_ids > 0, ((0, 0), (0, slots - length)))
-        mask = jnp.pad(causal_mask(segment_ids), ((0, 0), (0, 0), (0, slots - length)))
+        keys = jnp.pad(segment_ids, ((0, 0), (0, slots - length)))
+        mask = AttentionMask(causal=True, segments=segment_ids, kv_segments=keys)
         cache = KVCache.zeros(llm.config, b, slots)
         hidden, cache = llm(embeddings, batch["positions"], mask, cache)
         last = jnp.sum(batch["segment_ids"] > 0, axis=1) - 1  # Rows are right-padded.
         hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return self._head(hidden), cache, seen
+        return self._head(hidden), cache, keys > 0
 
     def extend(
         self, tokens: Int[Array, b], positions: Int[Array, b], cache: KVCache, seen: Bool[Array, "b s"]
@@ -140,7 +141,9 @@ class System(nn.Module):
         """One more token per row: fp32 logits for the next one, the advanced cache and its filled slots."""
         llm: Decoder = self.llm
         seen = seen | (jnp.arange(seen.shape[1]) == cache.index)[None]
-        hidden, cache = llm(llm.embed(tokens[:, None]), positions[:, None], seen[:, None], cache)
+        hidden, cache = llm(
+            llm.embed(tokens[:, None]), positions[:, None], AttentionMask(kv_valid=seen), cache
+        )
         return self._head(hidden[:, 0]), cache, seen
 
     def _head(self, hidden: Float[Array, "b d"]) -> Float[Array, "b v"]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from avlm_jax.connectors import avts as avts_lib
 from avlm_jax.connectors.avts import AvtsConfig, Perceptron, Resampler, Tokens
 from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_tokens
 from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder, token_mask
+from avlm_jax.encoders.frozen import encode_frozen
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
@@ -144,17 +146,14 @@ class SaveNVideo(System):
         if "frame_features" in batch:
             frames = batch["frame_features"].astype(self.vision_config.dtype)
         else:
-            pixels = batch["frames"]
-            flat = pixels.reshape(-1, *pixels.shape[2:])
-            frames = self._where_any(batch["frame_mask"], SaveNVideo.encode_frames, flat)
-            frames = frames.reshape(*pixels.shape[:2], *frames.shape[1:])
+            encode = partial(encode_frozen, encode=SaveNVideo.encode_frames, chunk=self.vision_config.chunk)
+            frames = self._where_any(batch["frame_mask"], encode, batch["frames"])
         if "audio_features" in batch:
             windows = batch["audio_features"].astype(self.audio_config.dtype)
         else:
+            encode = partial(encode_frozen, encode=SaveNVideo.encode_audio, chunk=self.audio_config.chunk)
             audio, spans, mask = batch["audio"], batch["audio_spans"], batch["audio_mask"]
-            flat = audio.reshape(-1, audio.shape[-1]), spans.reshape(-1, 2), mask.reshape(-1)
-            windows = self._where_any(mask, SaveNVideo.encode_audio, *flat)
-            windows = windows.reshape(*audio.shape[:2], *windows.shape[1:])
+            windows = self._where_any(mask, encode, audio, spans, mask)
         return constrain(frames, "batch"), constrain(windows, "batch")
 
     def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:

@@ -73,6 +73,13 @@ class StoredLeaf:
             raise TypeError("only stacked parameters have layers")
         return self._view(layer)
 
+    def layer(self, number: int) -> StoredLeaf:
+        """One layer of a stacked parameter as a parameter of its own, still unread."""
+        if not self.stacked:
+            raise TypeError("only stacked parameters have layers")
+        name = self.names[number]
+        return dataclasses.replace(self, shape=self.shape[1:], names=(name,), stacked=False)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read(dtype=dtype)
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avlm_jax.llm.decoder import Decoder, DecoderConfig, KVCache, causal_mask
+from avlm_jax.layers.mask import AttentionMask, causal_mask
+from avlm_jax.llm.decoder import Decoder, DecoderConfig, KVCache
 from avlm_jax.lora import LoraConfig
 
 CONFIG = DecoderConfig(
@@ -19,7 +20,7 @@ CONFIG = DecoderConfig(
     mlp_dim=48,
     tie_embeddings=False,
     dtype="float32",
-    remat=False,
+    remat="none",
     lora=LoraConfig(rank=4, alpha=8.0, dropout=0.0),
 )
 LENGTH = 10
@@ -85,7 +86,7 @@ def test_cached_equals_uncached(decoder, chunks):
     outputs, begin = [], 0
     for size in chunks:
         positions = jnp.broadcast_to(jnp.arange(begin, begin + size)[None], (2, size))
-        mask = jnp.arange(LENGTH + 3)[None, None] <= positions[:, :, None]
+        mask = AttentionMask(causal=True, slot=cache.index)
         hidden, cache = bound(x[:, begin : begin + size], positions, mask, cache)
         outputs.append(hidden @ bound.head_kernel())
         begin += size

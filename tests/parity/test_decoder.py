@@ -8,8 +8,9 @@ transformers = pytest.importorskip("transformers")
 
 import jax.numpy as jnp  # noqa: E402
 
+from avlm_jax.layers.mask import AttentionMask, causal_mask  # noqa: E402
 from avlm_jax.layers.rope import inverse_frequencies  # noqa: E402
-from avlm_jax.llm.decoder import KVCache, causal_mask  # noqa: E402
+from avlm_jax.llm.decoder import KVCache  # noqa: E402
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2  # noqa: E402
 from tests.parity.decoder_peers import (  # noqa: E402
     SIZES,
@@ -96,16 +97,14 @@ def test_a_cache_filled_and_extended(tmp_path, name):
     tokens, positions = tokens_of(90, seen.shape), places(seen)
     full, _ = our_logits(decoder, params, tokens, positions, causal_mask(jnp.asarray(seen, int)))
     slots = length + 3
-    allowed = np.zeros((3, length, slots), bool)
-    allowed[:, :, :length] = np.asarray(causal_mask(jnp.asarray(seen, int)))
+    keys = jnp.asarray(np.pad(seen, ((0, 0), (0, 3))), int)
 
     ours, theirs, begin = [], [], 0
     ours_cache, their_cache = KVCache.zeros(decoder.config, 3, slots), transformers.DynamicCache()
     for size in (prompt, 1, 2, 1):
         cut = slice(begin, begin + size)
-        found, ours_cache = our_logits(
-            decoder, params, tokens[:, cut], positions[:, cut], allowed[:, cut], ours_cache
-        )
+        mask = AttentionMask(causal=True, segments=keys[:, cut], kv_segments=keys, slot=ours_cache.index)
+        found, ours_cache = our_logits(decoder, params, tokens[:, cut], positions[:, cut], mask, ours_cache)
         begin += size
         expected = their_logits(
             peer, tokens[:, cut], positions[:, cut], seen[:, :begin],

@@ -17,7 +17,8 @@ import jax.numpy as jnp  # noqa: E402
 from avlm_jax.assembly import assemble  # noqa: E402
 from avlm_jax.config import apply_overrides  # noqa: E402
 from avlm_jax.export import export_model  # noqa: E402
-from avlm_jax.llm.decoder import Decoder, causal_mask  # noqa: E402
+from avlm_jax.layers.mask import causal_mask  # noqa: E402
+from avlm_jax.llm.decoder import Decoder  # noqa: E402
 from avlm_jax.lora import LoraConfig, is_lora, retire  # noqa: E402
 from avlm_jax.state import flatten, unflatten  # noqa: E402
 from avlm_jax.weights.peft import AdapterError, adapter_table, open_adapter, read_config, save_adapter  # noqa: E402

@@ -10,7 +10,7 @@ peft = pytest.importorskip("peft")
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from avlm_jax.llm.decoder import causal_mask  # noqa: E402
+from avlm_jax.layers.mask import causal_mask  # noqa: E402
 from avlm_jax.lora import ALL_TARGETS, LoraConfig, LoraDense, merge_lora  # noqa: E402
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2  # noqa: E402
 from avlm_jax.weights.table import flatten, unflatten  # noqa: E402

@@ -50,5 +50,5 @@ def decoder_config(config: dict[str, Any]) -> DecoderConfig:
         num_heads=config["num_attention_heads"], num_kv_heads=config["num_key_value_heads"],
         head_dim=config.get("head_dim"), mlp_dim=config["intermediate_size"], rope_theta=config["rope_theta"],
         norm_eps=config["rms_norm_eps"], qkv_bias=has_qkv_bias(config),
-        tie_embeddings=config["tie_word_embeddings"], dtype="float32", remat=False, lora=LoraConfig(rank=0),
+        tie_embeddings=config["tie_word_embeddings"], dtype="float32", remat="none", lora=LoraConfig(rank=0),
     )  # fmt: skip

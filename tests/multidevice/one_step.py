@@ -1,14 +1,16 @@
-"""A program: one training step of stages of the tiny system on meshes, its result in a file for the tests to compare.
+"""A program: one training step of stages of the tiny system on meshes, the results in a file for the tests to compare.
 
-    python -m tests.multidevice.one_step FOLDER devices 2b:2x4x1:2 ...                       # eight devices, one process
-    python -m tests.multidevice.one_step FOLDER process INDEX COUNT PORT 2b:2x4x1:1 ...      # COUNT processes share eight
+    python -m tests.multidevice.one_step FOLDER 2b:2x4x1:2 ...
 
-A case is stage:mesh:micro-batches, the mesh data x fsdp x tensor. FOLDER is `prepare`'s; the result is FOLDER/<how>.npz.
+A case is stage:mesh:micro-batches, the mesh data x fsdp x tensor. FOLDER is what `prepare` made; of several processes (see
+`avlm_jax.multihost`) each loads its share of the rows alone, and the first one writes FOLDER/<number of processes>.npz.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from avlm_jax.assembly import assemble
 from avlm_jax.config import to_dataclass
+from avlm_jax.multihost import Timeouts, initialize
 from avlm_jax.sharding import check_heads, make_mesh, put_batch, replicated, share_of_batch
 from avlm_jax.state import flatten, split
 from avlm_jax.step import create_state, make_step
@@ -27,26 +30,28 @@ from input_pipeline.loader import Loader
 from tests.tiny_system import random_params, save_tokenizer, tiny_config, write_records
 
 SOURCES = {"1a": "visual_caption", "1b": "audio_caption", "2a": "av_caption", "2b": "mcq"}
-DEVICES = ROWS = 8
+ROWS = 16
 LEARNING_RATE = 1e-2
 # Adam divides by |gradient| + eps: with its usual 1e-8 the update of a weight whose gradient is all but zero is plus or minus
 # the whole learning rate, by the noise of its last digit. With this one it is smooth, and so are tolerances.
 EPS = 1e-3
+# Programs this small take far longer to compile than to run.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 
 
 def prepare(folder: Path) -> Path:
     """Tokenizer and records of sixteen questions."""
     tokenizer = save_tokenizer(folder / "tokenizer")
     spec = assemble(tiny_config(tokenizer)).system.spec
-    write_records(folder / "records", spec, videos=ROWS)
+    write_records(folder / "records", spec, videos=ROWS // 2)
     return folder
 
 
 def run(folder: Path, case: str) -> dict[str, np.ndarray]:
     """One step: parameters and first moments by path, loss and norm of the gradient."""
     stage, sizes, micro_batches = case.split(":")
-    shape = tuple(map(int, sizes.split("x")))
-    mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+    shape, micro_batches = tuple(map(int, sizes.split("x"))), int(micro_batches)
+    mesh = make_mesh(*shape, devices=jax.devices()[: math.prod(shape)])
     config = tiny_config(
         folder / "tokenizer",
         "model.avts.time_scope=all",
@@ -67,15 +72,16 @@ def run(folder: Path, case: str) -> dict[str, np.ndarray]:
         with Loader(
             {SOURCES[stage]: section.sources[SOURCES[stage]]},
             assembly.builder(),
-            batch_size=2 * ROWS,
-            accumulate=int(micro_batches),
+            batch_size=ROWS,
+            accumulate=micro_batches,
             process_index=index,
             process_count=count,
             threads=0,
         ) as loader:
+            assert loader.local_batch_size == ROWS // micro_batches // count
             batches = (put_batch(batch, mesh) for batch in loader)
             wanted = jax.tree.map(lambda leaf: leaf.sharding, state)
-            state, metrics = step(state, frozen, batches, lr, int(micro_batches))
+            state, metrics = step(state, frozen, batches, lr, micro_batches)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == wanted
     moments = next(part for part in state.opt_state if hasattr(part, "mu")).mu
     found = {
@@ -86,18 +92,13 @@ def run(folder: Path, case: str) -> dict[str, np.ndarray]:
     return multihost_utils.process_allgather(found, tiled=True)
 
 
-def main(arguments: list[str]) -> None:
-    folder, how, *rest = arguments
-    if how == "process":
-        index, count, port, *rest = rest
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_num_cpu_devices", DEVICES // int(count))
-        jax.distributed.initialize(f"localhost:{port}", int(count), int(index))
-    assert jax.device_count() == DEVICES
-    results = {f"{case}/{name}": value for case in rest for name, value in run(Path(folder), case).items()}
+def main(folder: Path, cases: list[str]) -> None:
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+    initialize(Timeouts())
+    results = {f"{case}/{name}": value for case in cases for name, value in run(folder, case).items()}
     if jax.process_index() == 0:
-        np.savez(Path(folder) / f"{how}{jax.process_count()}.npz", **results)
+        np.savez(folder / f"{jax.process_count()}.npz", **results)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(Path(sys.argv[1]), sys.argv[2:])

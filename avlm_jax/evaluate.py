@@ -24,6 +24,8 @@ from avlm_jax.evals.multiple_choice import EXTRACTORS, format_report, score_mult
 from avlm_jax.evals.predictions import Prediction, reference_of_sample, write_rows
 from avlm_jax.features import check_readable
 from avlm_jax.generate import DEFAULT_NEW_TOKENS, Generator, load_model
+from avlm_jax.multihost import Timeouts, initialize
+from avlm_jax.preemption import StopSignal
 from input_pipeline.errors import UserError
 from input_pipeline.loader import iter_eval, num_eval_batches
 from input_pipeline.mixture import MODALITIES, Mixture, SourceConfig, SourceIndex, open_source
@@ -89,7 +91,10 @@ def evaluate(
         GenerationError: the model gave logits that are not finite.
     """
     if jax.process_count() > 1:
-        raise UserError("evaluation runs in one process; start it on one host")
+        raise UserError(
+            f"evaluation runs in one process, and these are {jax.process_count()}; start it on one host alone, with the "
+            "accelerators of that host"
+        )
     if protocol not in EXTRACTORS:
         raise UserError(f"protocol is {protocol!r}; use one of {', '.join(EXTRACTORS)}")
     modalities = tuple(modalities)
@@ -213,7 +218,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; 0 when every question was asked."""
+    timeouts = Timeouts()
+    initialize(timeouts)
     enable_compilation_cache()
+    with StopSignal(timeouts.grace):
+        return _load_and_evaluate(args)
+
+
+def _load_and_evaluate(args: argparse.Namespace) -> int:
     model = load_model(args.checkpoint, args.config, args.config_overrides)
     report = evaluate(
         model.assembly,

@@ -55,7 +55,7 @@ from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.sharding import make_mesh, put_batch, replicated
+from avlm_jax.sharding import make_mesh, put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
 from avlm_jax.watchdog import Watchdog
@@ -168,6 +168,7 @@ def run_stage(
         micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
     except ValueError as error:
         raise ConfigError(f"config.stage.{name}: {error}") from error
+    share, shares = share_of_batch(mesh)
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
@@ -178,8 +179,8 @@ def run_stage(
         pack=stage.pack,
         oversize=stage.oversize,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
         threads=config.loader.threads,
         workers=config.loader.workers,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import socket
 import time
@@ -14,10 +15,12 @@ import numpy as np
 import pytest
 
 from avlm_jax import cli
+from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.checkpoint import TREE_FILE, load_tree
 from avlm_jax.state import flatten
 from avlm_jax.writer import read_metrics
 from tests.process_group import SAVE_EVERY, STAGE, STEPPING, STEPS, Group, TinyRun, make_run
+from tests.tiny_system import publish, random_params, tiny_config
 
 pytestmark = pytest.mark.multidevice
 
@@ -241,3 +244,42 @@ def test_sigterm_while_it_compiles_and_before(count: int, tiny: TinyRun, tmp_pat
         ends_within(group, (workdir / STAGE / "metrics.jsonl").exists, 143, "while the step compiles")
     with Group(tmp_path / "whole", tiny.command(workdir), count) as group:
         assert set(group.wait(300).values()) == {0}
+
+
+# Says when the first questions are asked, for which two programs are compiled.
+ASKING = """
+import sys
+from avlm_jax import cli
+from avlm_jax.generate import Generator
+texts = Generator.texts
+def say(self, *arguments):
+    print("asks", flush=True)
+    return texts(self, *arguments)
+Generator.texts = say
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_while_it_evaluates(tiny: TinyRun, tmp_path: Path) -> None:
+    assembly = assemble(tiny_config(tiny.tokenizer))
+    checkpoint = publish(assembly, random_params(assembly), tmp_path / "checkpoint")
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--records", str(tiny.records), "--out"]
+    with Group(tmp_path / "logs", [*command, str(tmp_path / "out")], code={0: ASKING}) as group:
+        ends_within(group, lambda: "asks" in group.text(), 143, "while it evaluates")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_shard_is_named_before_weights_are_read(
+    tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = shutil.copytree(tiny.records, tmp_path / "records")
+    shard = next(records.glob("*.array_record"))
+    shard.unlink()
+
+    def parameters(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr(Assembly, "parameters", parameters)
+    assert cli.main(TinyRun(records, tiny.tokenizer).command(tmp_path / "run")) == 2
+    assert str(shard) in capsys.readouterr().err

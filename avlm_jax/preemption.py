@@ -180,6 +180,7 @@ class StopSignal:
 
     def _give_up(self) -> None:
         code = 128 + (self._signum or self._told or signal.SIGTERM)
+        sys.stdout.flush()
         print(
             f"{self._message(f'({self._describe()})')}. It came to no end within {self._grace:g} s (config.timeouts.grace), "
             "so nothing more was saved; the newest checkpoint stands",

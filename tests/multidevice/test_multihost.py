@@ -281,3 +281,17 @@ def test_a_missing_shard_is_named_before_weights_are_read(
     monkeypatch.setattr(Assembly, "parameters", parameters)
     assert cli.main(TinyRun(records, tiny.tokenizer).command(tmp_path / "run")) == 2
     assert str(shard) in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(tiny: TinyRun, tmp_path: Path) -> None:
+    assembly = assemble(tiny_config(tiny.tokenizer))
+    checkpoint = publish(assembly, random_params(assembly), tmp_path / "checkpoint")
+    command = ["evaluate", "--checkpoint", str(checkpoint), "--records", str(tiny.records), "--batch-size=4"]
+    assert cli.main([*command, "--out", str(tmp_path / "one")]) == 0
+    with Group(tmp_path / "logs", [*command, "--out", str(tmp_path / "two")], 2) as group:
+        assert group.wait() == {0: 0, 1: 0}, group.text(0) + group.text(1)
+        assert "written" in group.text(0) and "written" not in group.text(1)
+    for name in ("predictions.jsonl", "references.jsonl", "metrics.json"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    assert len((tmp_path / "two" / "predictions.jsonl").read_text().splitlines()) == 5

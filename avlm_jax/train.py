@@ -61,6 +61,7 @@ from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
 from avlm_jax.run_record import record_start
+from avlm_jax.run_record import record_start
 from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
@@ -163,7 +164,7 @@ def run_stage(
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     watched = to_dataclass(WatchConfig, config.watch, "watch")
-    first = jax.process_index() == 0  # The process that writes what there is one of.
+    first = is_first()  # The process that writes what there is one of.
     if first and watched.wandb:
         import_wandb(watched.wandb)
     builder = assembly.of_stage(name).builder(max_length=stage.max_length)
@@ -308,7 +309,7 @@ def loop(
         pending = None
         meter.step(values["tokens"], loader.num_samples(number - 1))
         if number == work.start + 1:
-            print(f"stage {work.name}: {meter.describe()}", flush=True)
+            say(f"stage {work.name}: {meter.describe()}")
         if number % config.log_every == 0 or number == total:
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}

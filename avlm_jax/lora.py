@@ -23,6 +23,9 @@ from avlm_jax.quantize import SCALE, int8_matmul
 # Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
 ALL_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
+# Of these the inputs are split over the mesh's "tensor" axis, of the others the outputs; see `sharding.LLM`.
+ROW_PARALLEL = ("o", "down")
+
 # PEFT draws A by torch's kaiming_uniform_(a=sqrt(5)), which is uniform within 1/sqrt(fan in) (tuners/lora/layer.py).
 A_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -68,7 +71,8 @@ class LoraDense(nn.Module):
         x = x.astype(self.dtype)
         if kernel.dtype == jnp.int8:
             scale = self.param("kernel_scale", nn.initializers.ones, (self.features,))
-            y = int8_matmul(x, kernel, scale)
+            axes = ("tensor", None) if self.name in ROW_PARALLEL else (None, "tensor")
+            y = int8_matmul(x, kernel, scale, axes)
         else:
             y = x @ kernel.astype(self.dtype)
         if self.use_bias:

@@ -60,18 +60,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows of text that a device takes at a time, in place of the stage's rows_per_device; 0: all at once",
     )
-    parser.add_argument("--length", type=int, metavar="N", help="text positions, in place of the stage's max_length")
     parser.add_argument(
-        "--samples", type=float, default=0.0, metavar="N", help="also tell how many hours so many samples take"
+        "--length", type=int, metavar="N", help="text positions, in place of the stage's max_length"
     )
     parser.add_argument(
-        "--search", action="store_true", help="try rows per chip and remat policies, and name the fastest that fits"
+        "--samples",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="also tell how many hours so many samples take",
     )
     parser.add_argument(
-        "--table", metavar="FILE", help="write the table of every stage on v5e, v5p and v6e slices there (Markdown)"
+        "--search",
+        action="store_true",
+        help="try rows per chip and remat policies, and name the fastest that fits",
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", help="keep what was compiled here; the same command then goes on where it stopped"
+        "--table",
+        metavar="FILE",
+        help="write the table of every stage on v5e, v5p and v6e slices there (Markdown)",
+    )
+    parser.add_argument(
+        "--workdir",
+        metavar="DIR",
+        help="keep what was compiled here; the same command then goes on where it stopped",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -82,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.topology) == bool(args.table):
         raise UserError(f"name one of --topology SLICE ({EXAMPLES}) and --table FILE")
     if args.table and (args.search or args.rows_per_chip is not None or args.slices != 1 or args.mesh):
-        raise UserError("--table chooses slices, meshes and rows itself; leave --search, --rows-per-chip, ... away")
+        raise UserError(
+            "--table chooses slices, meshes and rows itself; leave --search, --rows-per-chip, ... away"
+        )
     slice_ = parse_slice(args.topology, args.slices) if args.topology else None
     prepare_environment()
     if args.table:

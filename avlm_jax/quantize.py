@@ -11,6 +11,7 @@ inputs) the error's root mean square is 0.8 % of the kernel's; `benchmarks/int8_
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,7 +22,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int8
 
 from avlm_jax.config import ConfigError
+from avlm_jax.sharding import constrain
 from avlm_jax.state import flatten, unflatten
+
+Axes = tuple[str | None, str | None]
 
 FROZEN_DTYPES = ("float32", "bfloat16", "int8")  # What config.frozen_dtype may be.
 LEVELS = 127  # Of either sign: -128 would have no counterpart.
@@ -93,35 +97,46 @@ def dequantise(
     return kernel.astype(jnp.float32) * jnp.expand_dims(scale, -2)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def int8_matmul(
-    x: Float[Array, "... in"], kernel: Int8[Array, "in out"], scale: Float[Array, "out"]
+    x: Float[Array, "... in"],
+    kernel: Int8[Array, "in out"],
+    scale: Float[Array, "out"],
+    axes: Axes = (None, None),
 ) -> Float[Array, "... out"]:
     """x times the kernel, in x's dtype, in which the int8 values are exact; scaled in fp32 and rounded once.
 
     The gradient goes to x alone. For it only the int8 values are kept: plain differentiation would keep them as bf16, and a
     scan over layers without rematerialisation those of all layers, which is the memory that int8 is to save.
+
+    Args:
+        axes: how the kernel lies on the mesh while it is multiplied, see `sharding.constrain`. It is brought there as int8:
+            XLA would fetch it from the other devices after its conversion, which is twice the bytes.
     """
-    y = jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.matmul(x, _fetched(kernel, axes, x.dtype), preferred_element_type=jnp.float32)
     return (y * _over_last(scale, y.ndim)).astype(x.dtype)
 
 
-def _forward(x: Array, kernel: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
-    return int8_matmul(x, kernel, scale), (kernel, scale)
+def _forward(x: Array, kernel: Array, scale: Array, axes: Axes) -> tuple[Array, tuple[Array, Array]]:
+    return int8_matmul(x, kernel, scale, axes), (kernel, scale)
 
 
-def _backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, np.ndarray, Array]:
+def _backward(axes: Axes, kept: tuple[Array, Array], gradient: Array) -> tuple[Array, np.ndarray, Array]:
     kernel, scale = kept
     scaled = (gradient.astype(jnp.float32) * _over_last(scale, gradient.ndim)).astype(gradient.dtype)
     # Integers have no gradient, which JAX writes as float0; the scale belongs to the frozen kernel.
     return (
-        jnp.matmul(scaled, kernel.astype(gradient.dtype).T),
+        jnp.matmul(scaled, _fetched(kernel, axes, gradient.dtype).T),
         np.zeros(kernel.shape, jax.dtypes.float0),
         jnp.zeros_like(scale),
     )
 
 
 int8_matmul.defvjp(_forward, _backward)
+
+
+def _fetched(kernel: Array, axes: Axes, dtype: Any) -> Array:
+    return constrain(kernel, *axes).astype(dtype)
 
 
 def _over_last(scale: Array, ndim: int) -> Array:

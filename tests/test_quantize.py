@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import flax.errors
 import flax.linen as nn
@@ -22,6 +26,7 @@ from avlm_jax.generate import Generator, load_model
 from avlm_jax.layers.mask import causal_mask
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.lora import LoraConfig, LoraDense, is_lora, merge_kernel, merge_lora, retire, retired_updates
+from avlm_jax.optim import OptimConfig
 from avlm_jax.quantize import (
     LEVELS,
     SCALE,
@@ -33,6 +38,7 @@ from avlm_jax.quantize import (
 )
 from avlm_jax.sharding import make_mesh, param_shardings
 from avlm_jax.state import flatten, split, unflatten
+from avlm_jax.step import abstract_inputs
 from avlm_jax.weights.qwen2 import load_qwen2
 from avlm_jax.writer import read_metrics
 from input_pipeline.conversation import load_tokenizer
@@ -40,6 +46,7 @@ from input_pipeline.synthetic.described import describe
 from tests.exported_system import demo_assembly, learnt_of, scale_of, tiny_assembly, write_backbones
 from tests.tiny_system import CONFIG, SIZES, make_media, padded, save_tokenizer, tiny_config, write_records
 
+ROOT = Path(__file__).parents[1]
 INPUTS = 3584  # Of a Qwen2-7B kernel: the more there are, the larger is the largest.
 
 
@@ -154,8 +161,8 @@ def quantised(params: dict) -> dict:
     return unflatten(flat)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_base_is_never_dequantised_whole(remat: bool) -> None:
+@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
+def test_the_base_is_never_dequantised_whole(remat: str) -> None:
     """Forward and backward, no number of a floating type has the shape of all layers' kernels, and in one layer it may."""
     decoder, tokens = Decoder(dataclasses.replace(DECODER, remat=remat)), jnp.zeros((1, 6), jnp.int32)
     shapes = jax.eval_shape(lambda: decoder.init(jax.random.key(0), tokens, method=hidden_of))["params"]
@@ -221,6 +228,18 @@ def test_only_the_blocks_of_the_language_model_are_quantised(tiny: Assembly) -> 
     assert {found[path][1] for path in rest} == {"bfloat16"}
     plain = layouts(abstract_frozen(abstract, "bfloat16"))
     assert plain.keys() == flatten(abstract).keys() and {dtype for _, dtype in plain.values()} == {"bfloat16"}
+
+
+def test_what_is_compiled_ahead_of_time_is_what_is_placed(tiny: Assembly) -> None:
+    patterns, mesh = ("connector/.*", "llm/layers/attn/q/kernel"), make_mesh(devices=jax.devices()[:1])
+    assembly = with_int8(tiny)
+    inputs = abstract_inputs(
+        assembly.abstract_params(), patterns, OptimConfig(lr=0.0), mesh, assembly.system.spec, rows=1, length=160,
+        frozen_dtype="int8",
+    )  # fmt: skip
+    trained = flatten(split(assembly.abstract_params(), patterns)[0])
+    mine, frozen = split(assembly.abstract_parameters(fp32=trained), patterns)
+    assert layouts(inputs.state.trainable) == layouts(mine) and layouts(inputs.frozen) == layouts(frozen)
 
 
 def test_kernels_are_quantised_from_the_files_and_those_that_are_trained_are_not(tiny: Assembly) -> None:
@@ -335,6 +354,30 @@ def test_a_trained_language_model_answers_as_before() -> None:
         (np.asarray(hits) != np.asarray(int8_hits)).sum(),
         targets.sum(),
     )
+
+
+def accuracy(*arguments: str) -> dict:
+    """The last line of benchmarks/int8_accuracy.py."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "int8_accuracy.py"), *arguments]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_the_benchmark_tells_what_int8_costs_of_any_folder() -> None:
+    found = accuracy("--tokens", "64")
+    assert found["kernels"].keys() == {"q", "k", "v", "o", "gate", "up", "down"}
+    assert all(0.004 < kernel["error"] < 0.01 for kernel in found["kernels"].values())
+    bf16, int8 = found["bf16"], found["int8"]
+    assert 0 < bf16["residual_difference"] < int8["residual_difference"] < 0.06
+    assert bf16["loss_exact"] == int8["loss_exact"] and abs(int8["loss"] - int8["loss_exact"]) < 0.05
+
+
+@pytest.mark.slow
+def test_a_layer_of_full_width_is_as_near_as_its_kernels() -> None:
+    """Random weights of Qwen2-7B's sizes."""
+    found = accuracy("--size", "7b", "--tokens", "64")
+    assert all(0.007 < kernel["error"] < 0.01 for kernel in found["kernels"].values())
 
 
 # Training over it

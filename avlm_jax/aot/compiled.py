@@ -191,7 +191,17 @@ def prepare(
     )
     shares = placed.shape["data"] * placed.shape["fsdp"]
     return Setup(
-        assembly, name, stage, slice_, placed, global_rows // shares, micro_batches, length, video, audio, inputs
+        assembly,
+        name,
+        stage,
+        slice_,
+        placed,
+        global_rows // shares,
+        micro_batches,
+        length,
+        video,
+        audio,
+        inputs,
     )
 
 
@@ -223,7 +233,10 @@ def compile_step(
     """
     inputs, k = setup.inputs, setup.micro_batches
     step = make_step(
-        setup.assembly.system, dataclasses.replace(setup.stage.optim, lr=0.0), setup.config.loss_chunk, inputs.state
+        setup.assembly.system,
+        dataclasses.replace(setup.stage.optim, lr=0.0),
+        setup.config.loss_chunk,
+        inputs.state,
     )
     between = (inputs.gradients, inputs.totals) if k > 1 else (None, None)
     jobs = [("finish", 1, step.finish, (inputs.state, inputs.frozen, *between, inputs.batch, inputs.lr))]
@@ -345,5 +358,6 @@ def _bytes(number: str, unit: str) -> int:
 def bytes_per_device(tree: Any) -> int:
     """Of abstract arrays with shardings: what one device holds of them, without padding."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )

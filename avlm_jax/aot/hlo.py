@@ -175,7 +175,9 @@ def _item(computation: Computation, name: str, place: int) -> str:
 def _constant(computation: Computation, name: str) -> int | None:
     """The whole number that an instruction is a copy of."""
     made = computation.get(name)
-    while made is not None and made.opcode in ("copy", "bitcast", "copy-done", "copy-start") and made.operands:
+    while (
+        made is not None and made.opcode in ("copy", "bitcast", "copy-done", "copy-start") and made.operands
+    ):
         made = computation.get(made.operands[0])
     if made is None or made.opcode != "constant" or not re.fullmatch(r"-?\d+", made.argument):
         return None
@@ -321,7 +323,11 @@ def _wraps(instruction: Instruction) -> bool:
 
 def _payload(instruction: Instruction, kind: str) -> int:
     sizes = [shape.bytes for shape in instruction.shapes]
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute") and len(sizes) > 1:
+    if (
+        instruction.opcode.endswith("-start")
+        and kind in ("all-gather", "collective-permute")
+        and len(sizes) > 1
+    ):
         # (inputs, outputs, ...flags): the outputs are the second half of the arrays.
         operands = len(instruction.operands)
         return sum(sizes[operands : 2 * operands])
@@ -352,9 +358,7 @@ def _parse_iota(text: str) -> tuple[tuple[int, ...], ...]:
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
-        return tuple(
-            (int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[1] + "}")
-        )
+        return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[1] + "}"))
     if iota := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return _parse_iota(iota[1])
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):

@@ -148,7 +148,11 @@ class Report:
         }
         if time is not None:
             low, high = time.fastest, time.slowest
-            found["seconds"] = dataclasses.asdict(time) | {"fastest": low, "slowest": high, "bound": time.bound}
+            found["seconds"] = dataclasses.asdict(time) | {
+                "fastest": low,
+                "slowest": high,
+                "bound": time.bound,
+            }
             found["mfu"], found["hfu"] = list(self.mfu), list(self.hfu)
             found["samples_per_second"] = [self.samples / high, self.samples / low]
             tokens = setup.stage.batch_size * setup.length
@@ -216,7 +220,9 @@ def memory_of(setup: Setup, programs: list[Program | OutOfMemory]) -> Memory:
     limit = setup.slice_.chip.hbm_bytes
     refused = next((program for program in programs if isinstance(program, OutOfMemory)), None)
     if refused is not None:
-        return Memory(parts, max(refused.used, limit + 1) + parts["waiting"], refused.limit or limit, refused=True)
+        return Memory(
+            parts, max(refused.used, limit + 1) + parts["waiting"], refused.limit or limit, refused=True
+        )
     known = sum(parts.values()) - parts["waiting"]
     finish = next(program for program in programs if program.name == "finish")
     assert isinstance(finish, Program)
@@ -252,7 +258,9 @@ def assumptions(report: Report) -> list[str]:
         )
     if llm.lora.rank and llm.lora.dropout:
         told.append("FLOPs: matrix products only; norms, softmax, dropout and the optimizer are not counted")
-    unknown = [name for program in report.programs if isinstance(program, Program) for name in program.unknown_loops]
+    unknown = [
+        name for program in report.programs if isinstance(program, Program) for name in program.unknown_loops
+    ]
     if unknown:
         told.append(f"{len(unknown)} loops have no known trip count; their bodies are counted once")
     return told
@@ -310,7 +318,11 @@ def _time_lines(report: Report, samples: float) -> list[str]:
     ]
     if time is None:
         return lines
-    lines += ["", "collectives of one device and step", f"  {'kind':<19} {'axes':<12} {'link':<5} {'count':>7} {'GB':>9} {'s':>8}"]
+    lines += [
+        "",
+        "collectives of one device and step",
+        f"  {'kind':<19} {'axes':<12} {'link':<5} {'count':>7} {'GB':>9} {'s':>8}",
+    ]
     lines += [
         f"  {item.kind:<19} {item.axes:<12} {item.link:<5} {item.count:>7.0f} {item.bytes / 1e9:>9.3f} {item.seconds:>8.3f}"
         for item in report.traffic

@@ -35,7 +35,16 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         found = self.report.to_dict()
-        keep = ("rows_per_device", "micro_batches", "fits", "hbm", "seconds", "mfu", "hfu", "samples_per_second")
+        keep = (
+            "rows_per_device",
+            "micro_batches",
+            "fits",
+            "hbm",
+            "seconds",
+            "mfu",
+            "hfu",
+            "samples_per_second",
+        )
         return {"remat": self.remat, **{key: found[key] for key in keep if key in found}}
 
 
@@ -95,7 +104,9 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 def format_trials(trials: Sequence[Trial]) -> str:
     """A table, the best marked."""
     chosen = best(trials)
-    lines = [f"{'remat':<9} {'rows':>5} {'micro-batches':>14} {'GiB':>7} {'of':>6}  {'s a step':>15} {'MFU':>7}"]
+    lines = [
+        f"{'remat':<9} {'rows':>5} {'micro-batches':>14} {'GiB':>7} {'of':>6}  {'s a step':>15} {'MFU':>7}"
+    ]
     for trial in trials:
         memory, time = trial.report.memory, trial.report.time
         seconds = f"{time.fastest:.2f} to {time.slowest:.2f}" if time and trial.fits else "does not fit"

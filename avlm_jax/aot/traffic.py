@@ -22,7 +22,8 @@ HBM = 0
 def hbm_bytes(module: Module) -> float:
     """Bytes per run of the program."""
     return sum(
-        times * sum(moved(item, module.computations[name], module) for item in module.computations[name].values())
+        times
+        * sum(moved(item, module.computations[name], module) for item in module.computations[name].values())
         for name, times in module.runs.items()
     )
 

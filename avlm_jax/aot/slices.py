@@ -54,7 +54,9 @@ def write_table(
         first: dict[str, int] = {}
         for name in slices:
             slice_ = parse_slice(name)
-            report = most_rows(config, stage, slice_, first.get(slice_.chip.name, FIRST_ROWS), cache, progress)
+            report = most_rows(
+                config, stage, slice_, first.get(slice_.chip.name, FIRST_ROWS), cache, progress
+            )
             if report.memory.fits:
                 first[slice_.chip.name] = report.setup.rows
             reports.append(report)
@@ -81,7 +83,9 @@ def most_rows(
         count = rows[place]
         if count not in tried:
             setup = prepare(config, stage, slice_, rows=count)
-            tried[count] = make_report(setup, compile_step(setup, only_last=True, cache=cache, progress=progress))
+            tried[count] = make_report(
+                setup, compile_step(setup, only_last=True, cache=cache, progress=progress)
+            )
         return tried[count].memory.fits
 
     place = max(index for index, count in enumerate(rows) if count <= first or index == 0)
@@ -108,11 +112,11 @@ def format_table(reports: Sequence[Report], named: str) -> str:
     lines = [
         "# TPU slices for the recipe",
         "",
-        f"Written by `make slices`, that is `avlm preflight --config {named} --table launch/SLICES.md`; not by hand. Every row",
-        "is the real training step of that stage (encoders, connector, language model, loss, optimizer), compiled ahead of time",
-        "for that slice. HBM is what XLA says; seconds are a roofline estimate between full overlap and none, and have not been",
-        "measured. `rows` is how many a device takes at a time, the most that fit; a step's batch is that times the devices times",
-        "the micro-batches. Hours are for the clips that the stage sees in all (below).",
+        f"Written by `make slices`, that is `avlm preflight --config {named} --table launch/SLICES.md`; not by hand. Every",
+        "row is the real training step of that stage (encoders, connector, language model, loss, optimizer), compiled ahead of",
+        "time for that slice. HBM is what XLA says; seconds are a roofline estimate between full overlap and none, and have",
+        "not been measured. `rows` is how many a device takes at a time, the most that fit; a step's batch is that times the",
+        "devices times the micro-batches. Hours are for the clips that the stage sees in all (below).",
         "",
     ]
     for stage in dict.fromkeys(report.setup.name for report in reports):
@@ -138,7 +142,9 @@ def format_table(reports: Sequence[Report], named: str) -> str:
         lines += [f"- {kind}: {line}" for line in assumptions(report)[:3]]
     lines += [f"- {line}" for line in assumptions(reports[0])[3:]]
     lines += [
-        "- clips: " + "; ".join(f"{stage} {count:,}" for stage, count in SAMPLES.items()) + ". The paper names the data sets, "
+        "- clips: "
+        + "; ".join(f"{stage} {count:,}" for stage, count in SAMPLES.items())
+        + ". The paper names the data sets, "
         "not their sizes: LCS-558K and 500k of Panda-70M; AudioSet, AudioCaps and Auto-ACD; VideoInstruct100K, VGGSound and "
         "147k of InternVid; SAVEn-Vid's 58k twice.",
         "",

@@ -174,7 +174,7 @@ def full() -> ConfigDict:
             },
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-            "loss_chunk": 256,
+            "loss_chunk": 128,
             "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,

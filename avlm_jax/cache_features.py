@@ -81,7 +81,7 @@ class Encoders:
     params: Tree
     modalities: tuple[str, ...]
     size: int
-    sharding: jax.sharding.Sharding
+    sharding: jax.sharding.NamedSharding
 
     @functools.cached_property
     def _steps(self) -> dict[str, Callable[..., jax.Array]]:
@@ -108,7 +108,8 @@ class Encoders:
                 for part in parts
             ]
             placed = [jax.device_put(array, self.sharding) for array in padded]
-            outputs.append((self._steps[modality](self.params, *placed), len(parts[0])))
+            with jax.set_mesh(self.sharding.mesh):  # Attention kernels ask what they run on.
+                outputs.append((self._steps[modality](self.params, *placed), len(parts[0])))
         return outputs
 
     def collect(self, modality: str, outputs: list[tuple[jax.Array, int]]) -> np.ndarray:

@@ -137,6 +137,17 @@ def open_features(
     return found, parts
 
 
+def check_untrained(assembly: Assembly, name: str, trained: Collection[str]) -> None:
+    """Raises ConfigError if stage `name` is to train an encoder, through which no gradient comes."""
+    parts = {encoder.part for encoder in assembly.system.encoders.values()}
+    for path in trained:
+        if path.partition("/")[0] in parts:
+            raise ConfigError(
+                f"stage {name} trains {path}, but {assembly.config.system} keeps its encoders frozen: no gradient reaches "
+                f"{', '.join(sorted(parts))}; take it out of config.stage.{name}.trainable"
+            )
+
+
 def check_readable(assembly: Assembly, reader: RecordReader) -> None:
     """Raises ConfigError if a folder of records holds features that are not those of a trained model's encoders."""
     cached = cached_in(reader)

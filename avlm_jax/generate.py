@@ -107,11 +107,12 @@ class Generator:
         """
         prefill, decode = self._programs
         placed = self._place(batch)
-        logits, cache, seen = prefill(self._params, placed)
-        stop_ids = np.asarray(self.stop_ids, np.int32)
-        found, _ = decode(
-            self._params, logits, (cache, seen), placed["positions"], placed["segment_ids"], stop_ids
-        )
+        with jax.set_mesh(self._mesh):  # Attention kernels ask what they run on.
+            logits, cache, seen = prefill(self._params, placed)
+            stop_ids = np.asarray(self.stop_ids, np.int32)
+            found, _ = decode(
+                self._params, logits, (cache, seen), placed["positions"], placed["segment_ids"], stop_ids
+            )
         tokens, lengths, stopped, broken = jax.device_get(found)
         if (broken >= 0).any():
             row = int(np.flatnonzero(broken >= 0)[0])

@@ -77,7 +77,7 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
     while ancestor and ancestor not in lineage:
         lineage.add(ancestor)
         ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
-    # Which stages a command runs, how often it logs and on which devices it computes do not change what a stage is (but
+    # Which stages a command runs, what it logs and on which devices it computes do not change what a stage is (but
     # for the order of sums); where its weights and its tokenizer lie does not either, what they are is compared by hash
     # (`check_weights`).
     free = (
@@ -88,6 +88,7 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
         "mesh",
         "loader",
         "timeouts",
+        "watch",
         "init",
         "text.tokenizer",
     )

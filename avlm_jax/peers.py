@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # So many missed: no sign of life.
 ANSWER_SECONDS = 5.0  # A coordinator that takes longer is stopped or gone.
-LEAVE_SECONDS = 5.0  # How long process 0, which holds the store, stays for the others to read why it ends.
+LEAVE_SECONDS = 3.0  # How long process 0, which holds the store, stays for the others to read why it ends.
 PREFIX = "avlm"
 STOP, FAILED, LEFT, STATUS = "stop", "failed", "left", "status"
 
@@ -223,7 +223,7 @@ class Peers:
         sys.stderr.flush()
         thread = threading.Thread(target=self._say_goodbye, args=(code, message), daemon=True)
         thread.start()
-        thread.join(LEAVE_SECONDS + ANSWER_SECONDS)
+        thread.join(LEAVE_SECONDS + BEAT_SECONDS)
         os._exit(code)
 
     def _say_goodbye(self, code: int, message: str) -> None:

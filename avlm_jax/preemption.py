@@ -81,6 +81,7 @@ class StopSignal:
         if not self._active:
             return
         self._ended.set()
+        self._write.send(b"\0")  # Wakes the thread.
         self._thread.join()
         signal.set_wakeup_fd(self._old_descriptor)
         for signum, handler in zip(SIGNALS, self._old, strict=True):
@@ -136,10 +137,6 @@ class StopSignal:
         return f"stopped by {signal.Signals(signum).name} {where}; the same command continues"
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        self._interrupts += signum == signal.SIGINT
-        if self._interrupts > 1:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGINT)
         first, self._signum = self._signum is None, self._signum or self._told or signum
         if not self._deferred:
             self._raise(f"({self._describe()})" if self._describe() else "before its first step")
@@ -150,9 +147,12 @@ class StopSignal:
         here, agreed = peers.current(), False
         while not self._ended.is_set():
             if select.select([self._read], [], [], POLL_SECONDS)[0]:
-                heard = set(self._read.recv(4096)) & set(SIGNALS)
-                if heard and self._heard is None:
-                    self._hear(heard.pop())
+                for signum in self._read.recv(4096):  # A byte for each signal.
+                    self._interrupts += signum == signal.SIGINT
+                    if signum in SIGNALS and self._heard is None:
+                        self._hear(signum)
+                if self._interrupts > 1:
+                    os._exit(128 + signal.SIGINT)
             if here is not None and self._heard is None and (found := here.look(peers.STOP)) is not None:
                 self._hear(int(found))
                 os.kill(os.getpid(), signal.SIGTERM)  # Python's handler in the main thread, if it can run.

@@ -63,7 +63,7 @@ def roll_call(address: str, index: int, count: int, timeout: float) -> list[str]
         UserError: the port is taken, processes disagree on their number, or two have the same one.
     """
     host, _, port = address.rpartition(":")
-    me = Member(index, count, socket.gethostname())
+    host, me = host.strip("[]"), Member(index, count, socket.gethostname())  # IPv6 stands in brackets.
     if index == 0:
         return _call(int(port), me, timeout)
     return _answer(host, int(port), me, timeout)

@@ -39,12 +39,14 @@ class Totals:
         loss: summed over targets, in nats.
         targets: how many there were.
         hits: how many of them were the arg max.
+        tokens: text positions that were not padding.
         micro_batches: how many have been added.
     """
 
     loss: Float[Array, ""]
     targets: Float[Array, ""]
     hits: Float[Array, ""]
+    tokens: Float[Array, ""]
     micro_batches: Int[Array, ""]
 
 
@@ -81,8 +83,8 @@ class TrainStep:
 
         Returns:
             The next state, and fp32 scalars: loss (mean over the targets of all micro-batches), accuracy, targets,
-            grad_norm (before clipping), skipped (steps of the run whose loss or gradient was not finite: they leave
-            parameters and moments as they were).
+            tokens (positions that are not padding), grad_norm (before clipping), skipped (steps of the run whose loss or
+            gradient was not finite: they leave parameters and moments as they were).
         """
         batches = iter(batches)
         gradients: Tree | None = None
@@ -138,7 +140,8 @@ def _make_step(
 
         # Of the sum, not the mean: micro-batches differ in their number of targets.
         (loss, (count, hits)), found = jax.value_and_grad(loss_fn, has_aux=True)(state.trainable)
-        one = Totals(loss, count, hits, jnp.ones((), jnp.int32))
+        tokens = jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32)
+        one = Totals(loss, count, hits, tokens, jnp.ones((), jnp.int32))
         if gradients is None:
             return found, one
         return jax.tree.map(jnp.add, gradients, found), jax.tree.map(jnp.add, totals, one)
@@ -166,6 +169,7 @@ def _make_step(
             "loss": loss,
             "accuracy": totals.hits / targets,
             "targets": totals.targets,
+            "tokens": totals.tokens,
             "grad_norm": norm,
             "skipped": skipped.astype(jnp.float32),
         }
@@ -274,7 +278,7 @@ def abstract_inputs(
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, (shape, dtype) in shapes.items()
     }
-    totals = Totals(*(scalar(np.float32) for _ in range(3)), micro_batches=scalar(np.int32))
+    totals = Totals(*(scalar(np.float32) for _ in range(4)), micro_batches=scalar(np.int32))
     return StepInputs(state, others, state.trainable, totals, batch, scalar(np.float32))
 
 

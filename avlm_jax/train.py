@@ -1,8 +1,9 @@
 """`avlm train`: the loop. One for every system and every stage; read it from top to bottom.
 
     <workdir>/<stage>/metrics.jsonl   loss, accuracy, gradient norm and rate of every logged step, and how many steps were
-                                      skipped so far; since the one before it, samples by source and the share of the time
-                                      that was spent waiting for data
+                                      skipped so far; since the one before it, samples by source and how fast it went (see
+                                      `meter`); training.png draws it when the stage is finished
+    <workdir>/<stage>/runs.jsonl      a line for every start: command, configuration, versions, commit, devices
     <workdir>/<stage>/checkpoints/    resumable state: trainable tree, optimizer, data position
     <workdir>/<stage>/final/          what the stage publishes: all that training has learnt so far, config, lineage
 
@@ -21,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble, check_weights
 from avlm_jax.checkpoint import Checkpointer, save_tree, versions
+from avlm_jax.chips import find_chip
 from avlm_jax.config import (
     ConfigError,
     add_config_arguments,
@@ -41,7 +43,8 @@ from avlm_jax.config import (
     enable_compilation_cache,
     to_dataclass,
 )
-from avlm_jax.features import open_features
+from avlm_jax.features import check_untrained, open_features
+from avlm_jax.flops import Flops, attention_kernel, step_flops
 from avlm_jax.lineage import (
     check_finished,
     check_parent,
@@ -50,16 +53,21 @@ from avlm_jax.lineage import (
     exists_for_all,
     load_parent,
 )
+from avlm_jax.meter import Meter, Shape
+from avlm_jax.models.api import System
 from avlm_jax.multihost import Timeouts, initialize, is_first, ready, say
 from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
+from avlm_jax.run_record import record_start
 from avlm_jax.sharding import make_mesh, put_batch, replicated
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
+from avlm_jax.training_plot import save_training_plot
+from avlm_jax.watch import Profiler, WatchConfig
 from avlm_jax.watchdog import Watchdog
-from avlm_jax.writer import Console, MetricsWriter
+from avlm_jax.writer import Console, MetricsWriter, import_wandb
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig
@@ -155,12 +163,17 @@ def run_stage(
     """Trains one stage from its parent's result to its own `final`, continuing from a checkpoint if there is one."""
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
+    watched = to_dataclass(WatchConfig, config.watch, "watch")
+    first = jax.process_index() == 0  # The process that writes what there is one of.
+    if first and watched.wandb:
+        import_wandb(watched.wandb)
     builder = assembly.of_stage(name).builder(max_length=stage.max_length)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
     except ValueError as error:  # A pattern that fits nothing.
         raise ConfigError(f"stage {name}: {error}") from error
+    check_untrained(assembly, name, trained)
     sources, idle = open_features(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )
@@ -224,14 +237,17 @@ def run_stage(
             name, config, stage, mesh, step, micro_batches, start, total, {**metadata, "config": made_with}
         )
         ready(f"stage {name}, before its first step")
-        trace = (
-            MetricsWriter(workdir / name, resume_step=start or None)
-            if is_first()
-            else contextlib.nullcontext()
+        if first:
+            record_start(workdir / name, made_with, mesh, start=start, total=total)
+        writer = MetricsWriter(
+            workdir / name, start or None, enabled=first, wandb=watched.wandb, config=made_with
         )
-        with trace as writer:
-            state = loop(work, state, frozen, loader, checkpointer, writer, watchdog, stop)
+        profiler = Profiler(watched, workdir / name / "profile", enabled=first)
+        with writer, profiler, make_meter(assembly.system, work, trained) as meter:
+            state = loop(work, state, frozen, loader, checkpointer, writer, meter, profiler, watchdog, stop)
     watchdog.at(PUBLISHES)
+    if first:
+        save_training_plot(workdir / name)
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
     counts = {"steps": total, "skipped": int(state.skipped)}
@@ -270,7 +286,9 @@ def loop(
     frozen: Tree,
     loader: Loader,
     checkpointer: Checkpointer,
-    writer: MetricsWriter | None,
+    writer: MetricsWriter,
+    meter: Meter,
+    profiler: Profiler,
     watchdog: Watchdog,
     stop: StopSignal,
 ) -> TrainState:
@@ -278,7 +296,7 @@ def loop(
     config, mesh, total = work.config, work.mesh, work.total
     stream = sys.stderr if is_first() else io.StringIO()
     console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
-    clock, nonfinite = DataClock(), Nonfinite(work, loader)
+    nonfinite = Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
 
     def report() -> None:
@@ -288,12 +306,13 @@ def loop(
         number, metrics, lr = pending
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
         pending = None
+        meter.step(values["tokens"], loader.num_samples(number - 1))
+        if number == work.start + 1:
+            print(f"stage {work.name}: {meter.describe()}", flush=True)
         if number % config.log_every == 0 or number == total:
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}
-            share = clock.share(batches.waited)
-            if writer is not None:
-                writer.write_scalars(number, {**values, "lr": float(lr), **samples, "data_wait": share})
+            writer.write_scalars(number, {**values, "lr": float(lr), **samples, **meter.read(batches.waited)})
         nonfinite.check(number, values)
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
@@ -305,6 +324,7 @@ def loop(
 
     place = functools.partial(put_batch, mesh=mesh)
     with stop.deferred(), Prefetch(loader, place, config.loader.prefetch) as batches:
+        watched = meter.watch(batches)
         for number in range(work.start + 1, total + 1):
             if stop.reached(number - 1):
                 if number - 1 > work.start:
@@ -315,8 +335,9 @@ def loop(
             lr = learning_rate(work.stage.optim, number - 1, total)
             rate = jax.device_put(lr, replicated(mesh))
             # Whatever crosses between host and devices in a step was put there on purpose before.
-            with jax.transfer_guard("disallow"):
-                state, metrics = work.step(state, frozen, watchdog.reading(batches), rate, work.micro_batches)
+            with profiler.step(number), jax.transfer_guard("disallow"):
+                state, metrics = work.step(state, frozen, watchdog.reading(watched), rate, work.micro_batches)
+            profiler.started(number, metrics)
             report()
             pending = (number, metrics, lr)
             if number % config.save_every == 0 or number == total:
@@ -357,18 +378,29 @@ class Nonfinite:
             print(f"{told}; skipped, {values['skipped']:.0f} so far", file=sys.stderr, flush=True)
 
 
-class DataClock:
-    """Share of the time since it was last asked that the loop has waited for batches."""
+def make_meter(system: System, work: Work, trained: Collection[str]) -> Meter:
+    """What counts the work of a stage that trains the parameters of these paths."""
+    device = work.mesh.devices.flat[0]
+    backend = attention_kernel(system.llm_config.attention_backend, device.platform)
+    modalities = {name for source in work.stage.sources.values() for name in source.modalities}
 
-    def __init__(self) -> None:
-        self._asked, self._waited = time.perf_counter(), 0.0
+    def flops(shape: Shape) -> Flops:
+        """Of a micro-batch that has every modality that some source of the stage has."""
+        video = "features" if "video" in shape.features else "pixels"
+        audio = "features" if "audio" in shape.features else "samples"
+        return step_flops(
+            system,
+            trained,
+            rows=shape.rows,
+            length=shape.length,
+            clips=shape.clips,
+            video=video if "video" in modalities else "none",
+            audio=audio if "audio" in modalities else "none",
+            backend=backend,
+        )
 
-    def share(self, waited: float) -> float:
-        """`waited`: seconds in all so far."""
-        now = time.perf_counter()
-        share = (waited - self._waited) / max(now - self._asked, 1e-9)
-        self._asked, self._waited = now, waited
-        return share
+    chip = find_chip(device.device_kind)
+    return Meter(flops, micro_batches=work.micro_batches, devices=work.mesh.size, chip=chip)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,5 @@
-"""Metrics of a run: JSON lines always, TensorBoard where tensorboardX is installed, progress on the console.
+"""Metrics of a run: JSON lines always, TensorBoard where tensorboardX is installed, Weights & Biases where a project is
+named, progress on the console.
 
 The trace of a run that was killed and continued equals the undisturbed one's: lines written after the
 checkpoint it continues from are dropped, because those steps are run again.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,10 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from input_pipeline.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run_id"
 PLAIN_LINE_SECONDS = 10.0  # How often a log file gets a line when there is no terminal to draw a bar on.
 
 
@@ -32,7 +37,14 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, directory: str | os.PathLike, resume_step: int | None = None, tensorboard: bool = True
+        self,
+        directory: str | os.PathLike,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        *,
+        enabled: bool = True,
+        wandb: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Opens the files.
 
@@ -41,12 +53,26 @@ class MetricsWriter:
             resume_step: step of the checkpoint the run continues from; later lines are dropped. None: a fresh
                 run, an existing file is emptied.
             tensorboard: False writes JSON lines only.
+            enabled: False writes nothing: of a run's processes only one writes.
+            wandb: project of Weights & Biases; empty for none. A run that continues from a checkpoint goes on under the
+                id it had, which lies in the directory; steps that are run again W&B leaves as they were.
+            config: what W&B shows as the run's configuration.
+
+        Raises:
+            UserError: W&B is wanted but not installed, or $WANDB_API_KEY is not set.
         """
         self._path = Path(directory) / METRICS_FILE
+        self._file: TextIO | None = None
+        self._tensorboard = self._wandb = None
+        if not enabled:
+            return
+        if wandb:
+            self._wandb = _open_wandb(wandb, self._path.parent, resume_step, config or {})
         self._path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(self._path, resume_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = _open_tensorboard(self._path.parent, resume_step) if tensorboard else None
+        if tensorboard:
+            self._tensorboard = _open_tensorboard(self._path.parent, resume_step)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds one line {"step": step, name: value, ...}.
@@ -56,6 +82,8 @@ class MetricsWriter:
             scalars: Python, numpy or device scalars and short strings. NaN and infinities, which JSON lacks,
                 become the strings "nan", "inf" and "-inf"; float32 values come back exactly.
         """
+        if self._file is None:
+            return
         values = {name: _to_json(value) for name, value in scalars.items()}
         self._file.write(json.dumps({"step": int(step), **values}, allow_nan=False) + "\n")
         self._file.flush()
@@ -63,18 +91,23 @@ class MetricsWriter:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._tensorboard.add_scalar(name, value, int(step))
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(step))
 
-    def close(self) -> None:
-        """Closes the files."""
-        self._file.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Closes the files; W&B shows a run that failed as such."""
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if failed else 0)
         if self._tensorboard is not None:
             self._tensorboard.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
@@ -119,6 +152,44 @@ def _open_tensorboard(directory: Path, resume_step: int | None) -> Any:
         return None
     # purge_step hides what earlier event files say about the steps that are run again.
     return SummaryWriter(str(directory), purge_step=0 if resume_step is None else resume_step + 1)
+
+
+def import_wandb(project: str) -> Any:
+    """The module, once it is sure to work.
+
+    Raises:
+        UserError: it is not installed, or $WANDB_API_KEY is not set.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            f"config.watch.wandb is {project!r}, but wandb is not installed; pip install 'avlm_jax[wandb]', or leave "
+            "config.watch.wandb empty"
+        ) from error
+    offline = os.environ.get("WANDB_MODE", "") in ("offline", "disabled", "dryrun")
+    if not offline and not os.environ.get("WANDB_API_KEY"):
+        # Else wandb would ask for it on the terminal, and a run without one would wait for ever.
+        raise UserError(
+            f"config.watch.wandb is {project!r}, but the environment has no WANDB_API_KEY; set it, or WANDB_MODE=offline"
+        )
+    return wandb
+
+
+def _open_wandb(project: str, directory: Path, resume_step: int | None, config: Mapping[str, Any]) -> Any:
+    wandb = import_wandb(project)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / WANDB_FILE
+    if resume_step is None or not file.exists():  # A run that begins at step 1 is another one.
+        file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+    return wandb.init(
+        project=project,
+        id=file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+        name=f"{directory.parent.name}/{directory.name}",
+        dir=str(directory),
+        config=dict(config),
+    )
 
 
 def _to_json(value: Any) -> int | float | str | bool | None:

@@ -179,6 +179,7 @@ def full() -> ConfigDict:
             "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,
+            "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
             "timeouts": {

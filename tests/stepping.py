@@ -4,7 +4,7 @@
 
 Each step waits for the others through a device, as a training step does. Keys: timeouts of config.timeouts; `slow=N`,
 process 1's data of step N takes `seconds`; `raises=N`, process 1 fails at step N; `compiles`, step 1 stays outside of Python;
-`sets_up`, so many seconds in Python before the first step.
+`sets_up`, the last process takes so many seconds before its first step.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def main(folder: Path, steps: int, options: dict[str, float]) -> None:
     initialize(timeouts)
     mesh = make_mesh()
     total = jax.jit(lambda rows: jnp.sum(rows))
-    me, saved = jax.process_index(), folder / f"saved-{jax.process_index()}"
+    me, count, saved = jax.process_index(), jax.process_count(), folder / f"saved-{jax.process_index()}"
     start = int(saved.read_text()) if saved.exists() else 0
     with Watchdog(timeouts) as watchdog, StopSignal(timeouts.grace, watchdog.describe) as stop:
         watchdog.stage("toy", folder)
         say("sets up")
-        for _ in range(int(options.get("sets_up", 0) * 10)):
-            time.sleep(0.1)
+        if me == count - 1:
+            time.sleep(options.get("sets_up", 0))
         ready("before the first step")
         with stop.deferred():
             for number in range(start + 1, steps + 1):
@@ -58,7 +58,7 @@ def main(folder: Path, steps: int, options: dict[str, float]) -> None:
                     # Keeps the main thread in C without Python's lock, as a compiler does; no signal ends it.
                     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
                 rows = jax.make_array_from_process_local_data(
-                    batch_sharding(mesh), np.full(mesh.size // jax.process_count(), number, np.float32)
+                    batch_sharding(mesh), np.full(mesh.size // count, number, np.float32)
                 )
                 assert float(total(rows)) == number * mesh.size
                 print(f"step {number}", flush=True)

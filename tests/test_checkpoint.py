@@ -83,11 +83,11 @@ def test_frozen_parameters_are_not_on_disk(tmp_path: Path) -> None:
     fill(tmp_path, (1,))
     leaves = json.loads((tmp_path / "1/manifest.json").read_text())["leaves"]
     trainable = set(flatten(make_state(1).trainable))
-    roots = {"step", "rng"} | {f"trainable/{path}" for path in trainable}
+    roots = {"step", "rng", "skipped"} | {f"trainable/{path}" for path in trainable}
     assert roots <= set(leaves)
     moments = {path for path in leaves if path.startswith("opt_state/") and not path.endswith("/count")}
     assert all(path.endswith(tuple(trainable)) for path in moments)
-    assert len(leaves) == 2 + 1 + 3 * len(trainable)
+    assert len(leaves) == 3 + 1 + 3 * len(trainable)  # Adam has a count.
 
 
 def test_buffers_may_be_donated_while_the_save_runs(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from avlm_jax.config import ConfigError, config_from_json, config_to_json, load_
 from avlm_jax.generate import load_model
 from avlm_jax.lineage import load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
+from avlm_jax.meter import TIMED
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
@@ -73,7 +74,7 @@ class Run:
 
     def assert_ended_alike(self, workdir: Path) -> None:
         expected, found = (
-            [{key: value for key, value in line.items() if key != "data_wait"} for line in read_metrics(path)]
+            [{key: value for key, value in line.items() if key not in TIMED} for line in read_metrics(path)]
             for path in (self.workdir / "2b", workdir / "2b")
         )
         assert found == expected
@@ -155,9 +156,14 @@ def test_every_step_is_in_the_trace(run: Run) -> None:
         lines = read_metrics(run.workdir / stage)
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         for line in lines:
-            values = {"step", "loss", "accuracy", "targets", "grad_norm", "skipped", "lr", "data_wait"}
-            assert set(line) == values | {f"samples/{SOURCE[stage]}"}
+            values = {"step", "loss", "accuracy", "targets", "tokens", "grad_norm", "skipped", "lr"}
+            assert line.keys() - TIMED == values | {f"samples/{SOURCE[stage]}"}
             assert line[f"samples/{SOURCE[stage]}"] == BATCH and 0 <= line["data_wait"] <= 1
+            assert (
+                BATCH * 60 < line["tokens"] < BATCH * 160
+                and line["positions_per_s"] > line["tokens_per_s"] > 0
+            )
+            assert line["memory_gib"] > 0 and "mfu" not in line  # The peak of a CPU is not known.
             assert np.isfinite(line["loss"]) and line["grad_norm"] > 0 and 0 <= line["accuracy"] <= 1
     assert (
         lines[0]["lr"] == pytest.approx(0.01) and lines[-1]["lr"] < 0.0001

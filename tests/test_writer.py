@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 
 from avlm_jax import writer
 from avlm_jax.writer import Console, MetricsWriter, read_metrics
+from input_pipeline.errors import UserError
 
 
 def loss(step: int) -> np.float32:
@@ -124,3 +126,72 @@ def test_console_draws_a_bar_on_a_terminal() -> None:
         console.update(step, samples=2, loss=1.0 / step)
     console.close()
     assert "4/4" in stream.getvalue() and "loss=0.2500" in stream.getvalue()
+
+
+def test_only_the_process_that_may_writes(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", enabled=False, wandb="project") as metrics:
+        metrics.write_scalars(1, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeWandb(types.ModuleType):
+    """What `MetricsWriter` asks of wandb; remembers it."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: list[dict] = []
+        self.logged: list[tuple[int, dict]] = []
+        self.codes: list[int] = []
+
+    def init(self, **settings: object) -> FakeWandb:
+        self.runs.append(settings)
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    return fake
+
+
+def test_wandb_gets_what_is_logged_and_goes_on_with_the_same_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    stage = tmp_path / "mine" / "2a"
+    for resume_step, step in ((None, 1), (1, 2), (None, 1)):
+        with MetricsWriter(stage, resume_step, wandb="videos", config={"seed": 1}) as metrics:
+            metrics.write_scalars(step, {"loss": np.float32(0.5)})
+    assert wandb.logged == [(1, {"loss": 0.5}), (2, {"loss": 0.5}), (1, {"loss": 0.5})]
+    first, continued, afresh = wandb.runs
+    assert first["id"] == continued["id"] != afresh["id"] and continued["resume"] == "allow"
+    assert (first["project"], first["name"], first["config"]) == ("videos", "mine/2a", {"seed": 1})
+    assert wandb.codes == [0, 0, 0]
+
+
+def test_wandb_is_told_of_a_failed_run(tmp_path: Path, wandb: FakeWandb) -> None:
+    with pytest.raises(RuntimeError), MetricsWriter(tmp_path, wandb="videos"):
+        raise RuntimeError
+    assert wandb.codes == [1]
+
+
+def test_wandb_that_cannot_work_is_told_before_anything_is_written(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    with pytest.raises(UserError, match="WANDB_API_KEY.*WANDB_MODE=offline"):
+        MetricsWriter(tmp_path / "run", wandb="videos")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"config.watch.wandb is 'videos'.*avlm_jax\[wandb\]"):
+        MetricsWriter(tmp_path / "run", wandb="videos")
+    assert list(tmp_path.iterdir()) == [] and wandb.runs == []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    MetricsWriter(tmp_path / "run", wandb="videos").close()
+    assert len(wandb.runs) == 1

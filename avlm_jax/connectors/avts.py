@@ -341,20 +341,23 @@ def pool_audio(
     return pooled.reshape(b, -1, features.shape[-1]), steps.reshape(b, -1), seconds.reshape(b, -1)
 
 
-def num_media_tokens(
+def num_key_tokens(
     config: AvtsConfig, *, frames: int, grid: int, windows: int, steps: int, rows: int, time_tokens: int
-) -> int:
-    """n, the length of the media run in the prompt.
+) -> tuple[int, int, int]:
+    """Visual, audio and time tokens that the resampler reads of one clip.
 
     Args:
         config: the resampler.
         frames: t; grid: patches per side of a frame; windows: w, of `steps` time steps of `rows` mel rows each;
         time_tokens: of the Temporal Linear Projection.
     """
-    if config.resampler == "avts":
-        return config.num_queries
     per_window = {"none": steps * rows, "mean": steps, "window": 1}[config.freq_pool]
-    return frames * pooled_grid(grid, config.visual_pool) ** 2 + windows * per_window + time_tokens
+    return frames * pooled_grid(grid, config.visual_pool) ** 2, windows * per_window, time_tokens
+
+
+def num_media_tokens(config: AvtsConfig, keys: tuple[int, int, int]) -> int:
+    """n, the length of the media run in the prompt; `keys`: see `num_key_tokens`."""
+    return config.num_queries if config.resampler == "avts" else sum(keys)
 
 
 def patch_places(grid: int, width: int) -> jax.Array:

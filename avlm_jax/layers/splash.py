@@ -82,7 +82,7 @@ def splash_attention(
         kind = "cache"
     run = functools.partial(_on_one_device, kind=kind, scale=scale, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:  # Within a shard_map the arrays are one device's already.
         out = run(q, k, v, ids)
     else:
         rows = _dividing(mesh, ("data", "fsdp"), b, "rows")

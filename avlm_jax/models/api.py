@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError
+from avlm_jax.flops import Segment
 from avlm_jax.layers.mask import AttentionMask, causal_mask
 from avlm_jax.llm.decoder import Decoder, KVCache
 from avlm_jax.losses import masked_cross_entropy
@@ -89,6 +90,10 @@ class System(nn.Module):
     def heads(self) -> dict[str, int]:
         """Attention heads that tensor parallelism divides among devices (see `sharding.RULES`), by their config keys."""
         raise NotImplementedError(f"{type(self).__name__} must say which heads tensor parallelism divides")
+
+    def media_work(self, clips: int, *, video: str, audio: str) -> list[Segment]:
+        """What `media_tokens` of so many clips multiplies, in its order; see `flops.step_flops` for the arguments."""
+        raise NotImplementedError(f"{type(self).__name__} must tell what its media cost")
 
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         raise NotImplementedError(f"{type(self).__name__} must turn a batch into media tokens")

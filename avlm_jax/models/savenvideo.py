@@ -16,6 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, UInt8
 from ml_collections import ConfigDict
 
+from avlm_jax import flops
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.connectors import avts as avts_lib
 from avlm_jax.connectors.avts import AvtsConfig, Perceptron, Resampler, Tokens
@@ -23,6 +24,7 @@ from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_
 from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder, token_mask
 from avlm_jax.encoders.frozen import encode_frozen
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
+from avlm_jax.flops import Segment
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.models.api import EncoderSpec, MediaTokens, System
@@ -107,15 +109,20 @@ class SaveNVideo(System):
     @property
     def num_media_tokens(self) -> int:
         """n: how often the placeholder stands in a prompt with media."""
-        rows = self.audio_config.mel_rows
-        time = {"query": 2 * self.spec.max_intervals, "frames": self.spec.num_frames}
+        return avts_lib.num_media_tokens(self.avts_config, self.num_key_tokens)
+
+    @property
+    def num_key_tokens(self) -> tuple[int, int, int]:
+        """Visual, audio and time tokens that the resampler reads of one clip."""
+        rows, spec = self.audio_config.mel_rows, self.spec
+        time = {"query": 2 * spec.max_intervals, "frames": spec.num_frames}
         time["both"] = time["query"] + time["frames"]
-        return avts_lib.num_media_tokens(
+        return avts_lib.num_key_tokens(
             self.avts_config,
-            frames=self.spec.num_frames,
+            frames=spec.num_frames,
             grid=self.vision_config.grid,
-            windows=self.spec.max_windows,
-            steps=self.audio_config.num_tokens(self.spec.window_frames) // rows,
+            windows=spec.max_windows,
+            steps=self.audio_config.num_tokens(spec.window_frames) // rows,
             rows=rows,
             time_tokens=time[self.time_config.source],
         )
@@ -128,6 +135,16 @@ class SaveNVideo(System):
             "video": EncoderSpec("vision", (vision.num_patches, vision.width), vision),
             "audio": EncoderSpec("audio", (tokens, audio.width), audio),
         }
+
+    def media_work(self, clips: int, *, video: str, audio: str) -> list[Segment]:
+        spec, vision, sound = self.spec, self.vision_config, self.audio_config
+        work = []
+        if video == "pixels":
+            work.append(flops.siglip_work(vision, clips * spec.num_frames))
+        if audio == "samples":
+            work.append(flops.beats_work(sound, clips * spec.max_windows, spec.window_frames))
+        widths = vision.width, sound.width, self.connector_width, self.llm_config.width
+        return work + flops.avts_work(self.avts_config, self.time_config, clips, self.num_key_tokens, widths)
 
     def media_tokens(self, batch: dict[str, Array]) -> MediaTokens:
         frames, windows = self.encoded(batch)

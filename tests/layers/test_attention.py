@@ -154,7 +154,8 @@ def test_who_sees_nobody_gets_zeros_and_no_gradient(name: str) -> None:
     found = outcome(lambda q, k, v: attention(q, k, v, mask=mask), *tensors(t, s))
     for part, value in found.items():
         assert not value[blind].any(), part  # Not its own, and as nobody sees it, not its key's and value's.
-        assert (np.abs(value[~blind]).max(axis=(1, 2)) > 0).all(), part
+        if part != "dq":  # Who sees but one key gives it all weight, whatever the query.
+            assert (np.abs(value[~blind]).max(axis=(1, 2)) > 0).all(), part
 
 
 # Splash
@@ -202,7 +203,8 @@ for shape, rows, heads, shared in (((2, 2, 2), 4, 4, 2), ((8, 1, 1), 8, 2, 1), (
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (rows, 12)), axis=1)[:, ::-1])
     for name, mask in {"packed": causal_mask(segments), "keys": AttentionMask(kv_valid=segments > 0)}.items():
         def loss(run):
-            return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(run(*x)) * jnp.arange(8.0)), argnums=(0, 1, 2)))
+            weights = jnp.arange(8.0)[None, None, None]
+            return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(run(*x)) * weights), argnums=(0, 1, 2)))
         expected = loss(lambda q, k, v: reference(q, k, v, mask, None, 0.3))(q, k, v)
         with jax.set_mesh(mesh):
             split = rows % (shape[0] * shape[1]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.config import ConfigError, apply_overrides, load_config
+from avlm_jax.encoders import frozen as frozen_encoders
+from avlm_jax.features import check_untrained
 from avlm_jax.models.api import MediaTokens, System, build_system, init_params, splice
 from avlm_jax.optim import OptimConfig, make_optimizer
 from avlm_jax.state import TrainState, Tree, flatten, merge, split
@@ -455,3 +458,30 @@ def test_times_named_by_the_question_reach_the_media_tokens(
     # The same seconds of a longer film are another share of it.
     longer = tokens("Which between 0.5 s and 1.2 s?", duration=np.full(2, 2.2, np.float32))
     assert np.abs(longer - early).max() > 1e-3
+
+
+def test_encoders_in_micro_batches(
+    assemblies: dict[str, Assembly], params: dict[str, Tree], batches: dict[str, Batch]
+) -> None:
+    """Both sections' `chunk` is obeyed, 3 of 4 frames and 2 of 3 windows at a time, and changes nothing."""
+    system, batch = assemblies["per_frame"].system, batches["per_frame"]
+    vision = dataclasses.replace(system.vision_config, chunk=3)
+    audio = dataclasses.replace(system.audio_config, chunk=2)
+
+    def encode(system: System) -> Callable:
+        return lambda params, batch: system.apply({"params": params}, batch, method="encoded")
+
+    chunked = encode(system.clone(vision_config=vision, audio_config=audio))
+    assert str(jax.make_jaxpr(chunked)(params["per_frame"], batch)).count("length=2") == 2
+    found = compile_quickly(chunked)(params["per_frame"], batch)
+    expected = compile_quickly(encode(system))(params["per_frame"], batch)
+    for ours, whole in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, whole, atol=1e-5)  # fp32 sums of other shapes, in another order.
+
+
+def test_an_encoder_cannot_be_trained(assemblies: dict[str, Assembly]) -> None:
+    with pytest.raises(
+        ConfigError, match="stage 2b trains vision/pos_embed, but savenvideo keeps its encoders frozen"
+    ):
+        check_untrained(assemblies["per_frame"], "2b", ["connector/tlp/kernel", "vision/pos_embed"])
+    check_untrained(assemblies["per_frame"], "2b", ["connector/tlp/kernel"])

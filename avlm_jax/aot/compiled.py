@@ -1,0 +1,363 @@
+"""Compiles a stage's training step for a slice that is not there, and says what it needs.
+
+The programs are those that `avlm train` runs (`avlm_jax.step`), with the shapes and shardings it gives them; nothing is read from
+disk: neither weights nor records nor a tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from avlm_jax.aot import hlo
+from avlm_jax.aot.topologies import Slice, describe_topology
+from avlm_jax.aot.traffic import hbm_bytes
+from avlm_jax.assembly import Assembly
+from avlm_jax.config import ConfigError, to_dataclass
+from avlm_jax.models.api import build_system
+from avlm_jax.sharding import make_mesh
+from avlm_jax.step import StepInputs, abstract_inputs, count_micro_batches, make_step
+from avlm_jax.train import StageConfig
+from input_pipeline.spec import PIXELS, FeatureShapes
+
+# Called with what begins; holds while that goes on.
+Progress = Callable[[str], contextlib.AbstractContextManager[None]]
+
+
+def quiet(what: str) -> contextlib.AbstractContextManager[None]:
+    """Tells nobody."""
+    return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A stage's step on a slice, ready to be compiled.
+
+    Attributes:
+        assembly: of the configuration; it has no tokenizer.
+        name, stage: which stage.
+        slice_: where.
+        mesh: over the slice's devices.
+        rows: of text per device and micro-batch (device: a place along data x fsdp).
+        micro_batches: per optimizer step.
+        length: text positions.
+        video, audio: how the batch comes: "pixels" or "samples", "features", or "none" where no source of the stage has it.
+        inputs: shapes and shardings of the step's arguments.
+    """
+
+    assembly: Assembly
+    name: str
+    stage: StageConfig
+    slice_: Slice
+    mesh: Mesh
+    rows: int
+    micro_batches: int
+    length: int
+    video: str
+    audio: str
+    inputs: StepInputs
+
+    @property
+    def config(self) -> ConfigDict:
+        return self.assembly.config
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        name: "finish", or "accumulate".
+        runs: per optimizer step.
+        arguments, outputs, aliased, temporaries, code: bytes of a device, as XLA says; `aliased` of the outputs lie where
+            arguments lay.
+        peak: XLA's own peak.
+        collectives: of one run.
+        traffic: bytes read and written in HBM in one run.
+        kernels: calls of hand-written kernels (Pallas) in one run.
+        unknown_loops: loops whose trip count XLA does not know; their bodies count once.
+        seconds: that compiling took.
+    """
+
+    name: str
+    runs: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    peak: int
+    collectives: tuple[hlo.Collective, ...]
+    traffic: float
+    kernels: int
+    unknown_loops: tuple[str, ...]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """XLA refused: the program needs more HBM than a device has.
+
+    Attributes:
+        name: of the program.
+        used, limit: bytes, as XLA says; used is 0 where it does not say.
+        message: XLA's first lines.
+        seconds: until it refused.
+    """
+
+    name: str
+    used: int
+    limit: int
+    message: str
+    seconds: float
+    runs: int = 1
+
+
+def prepare(
+    config: ConfigDict,
+    name: str,
+    slice_: Slice,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    rows: int | None = None,
+    length: int | None = None,
+    remat: str | None = None,
+) -> Setup:
+    """Everything about a stage's step but the compilation.
+
+    Args:
+        config: of a system.
+        name: of the stage.
+        slice_: where it shall run.
+        mesh: sizes of axes in place of config.mesh's; an axis that is left out keeps its own.
+        rows: per device and micro-batch in place of the stage's rows_per_device.
+        length: text positions in place of the stage's max_length.
+        remat: policy in place of model.llm.remat.
+
+    Raises:
+        ConfigError: there is no such stage, or its batch does not divide among the slice's devices.
+        TopologyError: libtpu does not know the slice.
+    """
+    if remat is not None:
+        config = ConfigDict(config.to_dict())
+        config.model.llm.remat = remat
+    if name not in config.stage:
+        raise ConfigError(f"the configuration has no stage {name!r}; stages: {', '.join(config.stage)}")
+    stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
+    # No tokenizer, so no id that it leaves free; all that the program needs is one beyond the language model's table.
+    system = build_system(config, media_token_id=config.model.llm.vocab_size)
+    assembly = Assembly(config, None, system, name)  # type: ignore[arg-type]
+    topology = describe_topology(slice_)
+    sizes = {**config.mesh.to_dict(), **(mesh or {})}
+    try:
+        placed = make_mesh(**sizes, devices=topology.devices)
+        rows = stage.rows_per_device if rows is None else rows
+        micro_batches = count_micro_batches(stage.batch_size, rows, placed)
+    except ValueError as error:
+        raise ConfigError(f"stage {name} on {slice_.name}: {error}") from error
+    global_rows = stage.batch_size // micro_batches
+    length = length or stage.max_length or config.text.max_length
+    if length <= system.num_media_tokens:
+        raise ConfigError(
+            f"a row has {length} text positions and {system.num_media_tokens} media tokens; choose a greater --length"
+        )
+    modalities = {modality for source in stage.sources.values() for modality in source.modalities}
+    video, audio, features, without = _media(system, modalities, stage.features)
+    inputs = abstract_inputs(
+        assembly.abstract_params(),
+        stage.trainable,
+        stage.optim,
+        placed,
+        system.spec,
+        rows=global_rows,
+        length=length,
+        clips_per_row=stage.pack,
+        features=features,
+        frozen_dtype=config.frozen_dtype,
+        without=without,
+    )
+    shares = placed.shape["data"] * placed.shape["fsdp"]
+    return Setup(
+        assembly,
+        name,
+        stage,
+        slice_,
+        placed,
+        global_rows // shares,
+        micro_batches,
+        length,
+        video,
+        audio,
+        inputs,
+    )
+
+
+def _media(
+    system: Any, modalities: set[str], cached: bool
+) -> tuple[str, str, FeatureShapes, tuple[str, ...]]:
+    """(video, audio, which features a batch holds, parts of the system that are then not there)."""
+    video = "pixels" if "video" in modalities else "none"
+    audio = "samples" if "audio" in modalities else "none"
+    if not cached:
+        return video, audio, PIXELS, ()
+    encoders = system.encoders
+    shapes = {name: tuple(encoders[name].shape) for name in ("video", "audio")}
+    parts = tuple(encoders[name].part for name in shapes)
+    as_features = ("features" if video != "none" else "none", "features" if audio != "none" else "none")
+    return *as_features, FeatureShapes(**shapes), parts
+
+
+def compile_step(
+    setup: Setup, *, only_last: bool = False, cache: Path | None = None, progress: Progress = quiet
+) -> list[Program | OutOfMemory]:
+    """The programs of one optimizer step; where one does not fit, it is the last of the list.
+
+    Args:
+        setup: what.
+        only_last: not `accumulate`, whose needs are within those of `finish`; it counts as often as both.
+        cache: a folder in which figures of programs are kept, by their text, slice and compiler; None: none.
+        progress: is told what begins.
+    """
+    inputs, k = setup.inputs, setup.micro_batches
+    step = make_step(
+        setup.assembly.system,
+        dataclasses.replace(setup.stage.optim, lr=0.0),
+        setup.config.loss_chunk,
+        inputs.state,
+    )
+    between = (inputs.gradients, inputs.totals) if k > 1 else (None, None)
+    jobs = [("finish", 1, step.finish, (inputs.state, inputs.frozen, *between, inputs.batch, inputs.lr))]
+    if k > 1 and only_last:
+        jobs[0] = ("finish", k, *jobs[0][2:])
+    elif k > 1:
+        arguments = (inputs.state, inputs.frozen, *between, inputs.batch)
+        jobs.append(("accumulate", k - 1, step.accumulate, arguments))
+    results: list[Program | OutOfMemory] = []
+    for name, runs, function, arguments in jobs:
+        what = f"stage {setup.name}, {setup.slice_.name}, {setup.rows} rows a device: compiling {name!r}"
+        with progress(what), jax.set_mesh(setup.mesh), without_cache():
+            lowered = function.lower(*arguments)
+            results.append(_look_up(name, runs, lowered, setup, cache))
+        if isinstance(results[-1], OutOfMemory):
+            break
+    return results
+
+
+def _look_up(
+    name: str, runs: int, lowered: jax.stages.Lowered, setup: Setup, cache: Path | None
+) -> Program | OutOfMemory:
+    if cache is None:
+        return dataclasses.replace(_compile(name, lowered, setup.mesh.size), runs=runs)
+    mark = hashlib.sha256(f"{setup.slice_.name} {_compiler()} {name}\n".encode())
+    mark.update(lowered.as_text().encode())
+    file = cache / f"{mark.hexdigest()[:32]}.json"
+    if file.exists():
+        found = read_program(json.loads(file.read_text(encoding="utf-8")))
+    else:
+        found = _compile(name, lowered, setup.mesh.size)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(write_program(found)), encoding="utf-8")
+        part.rename(file)
+    return dataclasses.replace(found, runs=runs)
+
+
+def _compiler() -> str:
+    return f"jax {jax.__version__} libtpu {importlib.metadata.version('libtpu')}"
+
+
+def write_program(program: Program | OutOfMemory) -> dict[str, Any]:
+    """Plain values, of which `read_program` makes the same program."""
+    return {"kind": type(program).__name__, **dataclasses.asdict(program)}
+
+
+def read_program(stored: Mapping[str, Any]) -> Program | OutOfMemory:
+    """The inverse of `write_program`."""
+    values = {key: value for key, value in stored.items() if key != "kind"}
+    if stored["kind"] == "OutOfMemory":
+        return OutOfMemory(**values)
+    collectives = tuple(
+        hlo.Collective(**{**item, "groups": tuple(tuple(group) for group in item["groups"])})
+        for item in values["collectives"]
+    )
+    return Program(**{**values, "collectives": collectives, "unknown_loops": tuple(values["unknown_loops"])})
+
+
+def _compile(name: str, lowered: jax.stages.Lowered, devices: int) -> Program | OutOfMemory:
+    begun = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = out_of_memory(name, str(error), time.monotonic() - begun)
+        if refused is None:
+            raise
+        return refused
+    seconds = time.monotonic() - begun
+    memory = compiled.memory_analysis()
+    module = hlo.parse(compiled.as_text())
+    return Program(
+        name=name,
+        runs=1,
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=memory.peak_memory_in_bytes,
+        collectives=tuple(hlo.collectives(module, devices)),
+        traffic=hbm_bytes(module),
+        kernels=hlo.count_kernels(module),
+        unknown_loops=tuple(module.unknown_loops),
+        seconds=seconds,
+    )
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+    """No compiled program is looked up or kept on disk: one for a TPU cannot be loaded here."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_NUMBER = r"([\d.]+)([KMGT]?)"
+
+
+def out_of_memory(name: str, message: str, seconds: float) -> OutOfMemory | None:
+    """What XLA's refusal says; None if the message is of something else."""
+    if "RESOURCE_EXHAUSTED" not in message or "hbm" not in message.lower():
+        return None
+    used = limit = 0
+    if found := re.search(rf"Used {_NUMBER} of {_NUMBER} hbm", message):
+        used, limit = _bytes(*found.groups()[:2]), _bytes(*found.groups()[2:])
+    elif found := re.search(rf"\({_NUMBER}\) exceeds available HBM \({_NUMBER}\)", message):
+        used, limit = _bytes(*found.groups()[:2]), _bytes(*found.groups()[2:])
+    return OutOfMemory(name, used, limit, "\n".join(message.splitlines()[:6]), seconds)
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Of abstract arrays with shardings: what one device holds of them, without padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,144 @@
+"""`avlm train` of one tiny stage as a process that is killed, for tests that compare it with one left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from avlm_jax.assembly import assemble
+from avlm_jax.checkpoint import CONFIG_FILE, METADATA_FILE, TREE_FILE
+from avlm_jax.step_folders import MANIFEST_FILE, PARTIAL
+from avlm_jax.writer import read_metrics
+from tests.tiny_system import CONFIG, SIZES, save_tokenizer, tiny_config, write_records
+
+ROOT = Path(__file__).parents[1]
+STAGE, SAMPLES, BATCH = "1a", 3, 2  # Which samples a batch holds depends on the position in the data.
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a finished run left that must not depend on how often it was killed.
+
+    Attributes:
+        files: of `final/`.
+        metrics: of every step, but for the time it waited.
+        leaves: sums of parameters, moments, counts and random key at the last step.
+        data: position in the data at the last step.
+    """
+
+    files: dict[str, bytes]
+    metrics: list[dict]
+    leaves: dict
+    data: dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The command of a run.
+
+    Attributes:
+        overrides: of the configuration.
+        steps: of the stage.
+        save_every: steps between checkpoints.
+    """
+
+    overrides: tuple[str, ...]
+    steps: int
+    save_every: int
+
+    @classmethod
+    def make(cls, place: Path, steps: int, save_every: int, *more: str) -> Recipe:
+        """Writes tokenizer and records to `place`."""
+        tokenizer = save_tokenizer(place / "tokenizer")
+        spec = assemble(tiny_config(tokenizer)).system.spec
+        records = write_records(place / "records", spec, videos=SAMPLES, questions=1)
+        stage = {
+            "steps": steps,
+            "batch_size": BATCH,
+            "max_length": 0,
+            "sources.visual_caption.records": records,
+            "sources.visual_caption.tasks": "()",
+        }
+        overrides = (
+            *SIZES,
+            f"text.tokenizer={tokenizer}",
+            f"stages={STAGE}",
+            "log_every=1",
+            f"save_every={save_every}",
+            *(f"stage.{STAGE}.{key}={value}" for key, value in stage.items()),
+            *more,
+        )
+        return cls(overrides, steps, save_every)
+
+    def start(self, workdir: Path, **options) -> subprocess.Popen:
+        """The command as a process; its output goes to `workdir`.log."""
+        overrides = [f"--config.{override}" for override in self.overrides]
+        command = [sys.executable, "-m", "avlm_jax", "train", "--config", f"{CONFIG}:size=demo"]
+        with Path(f"{workdir}.log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--workdir", str(workdir), *overrides], cwd=ROOT, stdout=log, stderr=log, **options
+            )
+
+    def finish(self, workdir: Path) -> Trained:
+        """Runs the command to its end."""
+        assert self.start(workdir).wait(600) == 0, log_of(workdir)[-3000:]
+        folder = workdir / STAGE
+        manifest = json.loads((folder / "checkpoints" / str(self.steps) / MANIFEST_FILE).read_text())
+        metrics = [{k: v for k, v in line.items() if k != "data_wait"} for line in read_metrics(folder)]
+        files = {
+            name: (folder / "final" / name).read_bytes() for name in (TREE_FILE, CONFIG_FILE, METADATA_FILE)
+        }
+        return Trained(files, metrics, manifest["leaves"], manifest["data_state"])
+
+    def kill(self, workdir: Path, due: Callable[[], bool], delay: float = 0.0) -> int:
+        """Starts the command and kills it `delay` seconds after it is `due`; returns the step it had reached."""
+        begun, process = time.time(), self.start(workdir)
+        metrics, end = workdir / STAGE / "metrics.jsonl", time.monotonic() + 600
+        while not (metrics.exists() and metrics.stat().st_mtime > begun and due()):
+            assert process.poll() is None, f"it ended before the kill: {log_of(workdir)[-3000:]}"
+            assert time.monotonic() < end, "the run does not get on"
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.kill()
+        assert process.wait() == -9, "it ended before the kill"
+        return reached(workdir)
+
+
+def log_of(workdir: Path) -> str:
+    """All that the processes of a working directory have printed."""
+    return Path(f"{workdir}.log").read_text(errors="replace")
+
+
+def reached(workdir: Path) -> int:
+    """The last step whose metrics are on disk."""
+    try:
+        lines = (workdir / STAGE / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return 0
+    numbers = [int(found[1]) for line in lines if (found := re.search(r'"step": (\d+)', line))]
+    return max(numbers, default=0)
+
+
+def begun_steps(workdir: Path) -> list[int]:
+    """Checkpoints that are being written, or were when the run was killed."""
+    names = [path.name for path in (workdir / STAGE / "checkpoints").glob(f"*{PARTIAL}")]
+    done = complete_steps(workdir)  # What is being removed has this name as well.
+    return sorted(step for name in names if (step := int(name.partition(".")[0])) > max(done, default=0))
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """Checkpoints that count."""
+    return sorted(
+        int(path.name) for path in (workdir / STAGE / "checkpoints").glob("*") if path.name.isdecimal()
+    )
+
+
+def resumed_at(workdir: Path) -> list[int]:
+    """At which steps the starts of a run that found a checkpoint went on."""
+    return [int(step) for step in re.findall(r"continues at step (\d+)", log_of(workdir))]

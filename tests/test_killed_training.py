@@ -1,0 +1,108 @@
+"""A run that is killed at any time ends as one left alone, and loses at most what came after its last checkpoint."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.killed_training import (
+    STAGE,
+    Recipe,
+    Trained,
+    begun_steps,
+    complete_steps,
+    log_of,
+    reached,
+    resumed_at,
+)
+
+STEPS, SAVE_EVERY = 60, 5
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return Recipe.make(tmp_path_factory.mktemp("recipe"), STEPS, SAVE_EVERY)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    trained = recipe.finish(tmp_path_factory.mktemp("undisturbed") / "run")
+    assert [line["step"] for line in trained.metrics] == list(range(1, STEPS + 1))
+    return trained
+
+
+def kill_at_steps(recipe: Recipe, workdir: Path, count: int, seed: int) -> list[int]:
+    """Kills the run `count` times, each time after some random step has been reached that was not before."""
+    goals = sorted(random.Random(seed).sample(range(reached(workdir) + 1, STEPS - SAVE_EVERY), count))
+    return [recipe.kill(workdir, lambda goal=goal: reached(workdir) >= goal) for goal in goals]
+
+
+def kill_inside_a_save(recipe: Recipe, workdir: Path) -> None:
+    """The run is killed while a checkpoint is half written, in whichever start that succeeds."""
+    for _ in range(5):
+        recipe.kill(workdir, lambda: bool(begun_steps(workdir) and complete_steps(workdir)))
+        if begun_steps(workdir):
+            return
+    raise AssertionError("no kill fell into a save")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_steps_and_inside_a_save_ends_as_if_it_had_not(
+    recipe: Recipe, undisturbed: Trained, tmp_path: Path, kills: int
+) -> None:
+    assert_kills_leave_no_trace(recipe, undisturbed, tmp_path / "run", kills)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_killed_run_of_micro_batches_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    recipe = Recipe.make(tmp_path, STEPS, SAVE_EVERY, f"stage.{STAGE}.rows_per_device=1")
+    assert_kills_leave_no_trace(recipe, recipe.finish(tmp_path / "undisturbed"), tmp_path / "run", kills=1)
+
+
+def assert_kills_leave_no_trace(recipe: Recipe, undisturbed: Trained, workdir: Path, kills: int) -> None:
+    kill_inside_a_save(recipe, workdir)
+    steps = kill_at_steps(recipe, workdir, kills, seed=kills)
+    assert not (workdir / STAGE / "final").exists()
+    trained = recipe.finish(workdir)
+    print(f"killed inside a save and at steps {steps}; continued at steps {resumed_at(workdir)}")
+    assert resumed_at(workdir), log_of(workdir)
+    assert trained.leaves == undisturbed.leaves
+    assert trained.data == undisturbed.data
+    assert trained.metrics == undisturbed.metrics
+    assert trained.files == undisturbed.files
+    assert not begun_steps(workdir)  # What the killed ones left is gone.
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_time_loses_one_interval_at_most(tmp_path: Path, kills: int) -> None:
+    """Every second kill falls into a save. What is being saved at a kill is lost, and never what was saved before."""
+    every = 10
+    recipe = Recipe.make(tmp_path, 100_000, every)
+    workdir, rng = tmp_path / "run", random.Random(kills)
+    lost, inside, expected = [], 0, []
+    for kill in range(kills + 1):  # The last one shows where the one before it was continued.
+        into_save, goal = kill % 2 == 0, max(complete_steps(workdir), default=0) + rng.randint(1, 4 * every)
+        step = recipe.kill(
+            workdir,
+            lambda: reached(workdir) >= goal and (not into_save or bool(begun_steps(workdir))),  # noqa: B023
+            delay=rng.uniform(0, 0.05 if into_save else 0.5),
+        )
+        complete, begun = complete_steps(workdir), begun_steps(workdir)
+        newest = max(complete, default=0)
+        if kill < kills:
+            inside += bool(begun)
+            lost.append(step - newest)
+            expected += [newest] if newest else []
+            # Nothing is begun before the save before it is complete.
+            assert newest >= max(begun, default=newest) - every and step - newest <= 2 * every
+    assert resumed_at(workdir) == expected
+    assert not list((workdir / STAGE / "checkpoints").glob("quarantine/*"))
+    print(
+        f"{kills} kills, {inside} inside a save; all continued at the newest complete checkpoint, {expected}"
+    )
+    print(f"steps lost, with a checkpoint every {every}: {lost}")

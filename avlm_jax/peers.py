@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -20,6 +21,9 @@ BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # So many missed: no sign of life.
 ANSWER_SECONDS = 5.0  # A coordinator that takes longer is stopped or gone.
 LEAVE_SECONDS = 3.0  # How long process 0, which holds the store, stays for the others to read why it ends.
+WAIT_SECONDS = 60.0  # Over so long data waits are compared.
+MUCH = 0.1  # Of the time.
+NAMED = 8
 PREFIX = "avlm"
 STOP, FAILED, LEFT, STATUS = "stop", "failed", "left", "status"
 
@@ -52,12 +56,14 @@ class Status:
         step: the step it is at; 0 before it knows.
         phase: of PHASES.
         beat: grows each time it says so.
+        waited: seconds that it has waited for data since it started.
     """
 
     stage: int = 0
     step: int = 0
     phase: str = SETS_UP
     beat: int = 0
+    waited: float = 0.0
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -111,6 +117,34 @@ class Lateness:
         return f"{self._names[process]} is {seconds:.0f} s late {self._last[process]}{told}"
 
 
+class DataWait:
+    """Tells which processes' data hold the others up, a little in every step, so that none is ever late for long."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._since: tuple[float, dict[int, float]] | None = None
+
+    def observe(self, now: float, statuses: Mapping[int, Status]) -> list[str]:
+        """A line every WAIT_SECONDS, if some have waited much longer than the others."""
+        waited = {process: status.waited for process, status in statuses.items()}
+        if self._since is None or self._since[1].keys() != waited.keys():
+            self._since = now, waited
+        begun, before = self._since
+        if now - begun < WAIT_SECONDS:
+            return []
+        self._since = now, waited
+        shares = {process: (waited[process] - before[process]) / (now - begun) for process in waited}
+        usual = statistics.median_low(shares.values())
+        slow = sorted((p for p in shares if shares[p] > usual + MUCH), key=lambda p: -shares[p])
+        if not slow:
+            return []
+        told = ", ".join(f"{self._names[process]} {shares[process]:.0%}" for process in slow[:NAMED])
+        return [
+            f"waiting for data, of the last {now - begun:.0f} s: {told}{' and others' * (len(slow) > NAMED)}; half of the "
+            f"processes {usual:.0%} or less. The step waits for the slowest"
+        ]
+
+
 class Behind(NamedTuple):
     """A process that the others wait for.
 
@@ -157,7 +191,8 @@ class Peers:
         self.index, self.hosts, self.patience = index, tuple(hosts), patience
         self.status = Status()
         self._store = store
-        self._lateness = Lateness([self.name(process) for process in range(len(hosts))], late)
+        names = [self.name(process) for process in range(len(hosts))]
+        self._lateness, self._data_wait = Lateness(names, late), DataWait(names)
         self._beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -260,7 +295,11 @@ class Peers:
             self._tell()
             self.follow()
             if self.index == 0 and (statuses := self._statuses()):
-                for line in self._lateness.observe(time.monotonic(), statuses):
+                now = time.monotonic()
+                for line in (
+                    *self._lateness.observe(now, statuses),
+                    *self._data_wait.observe(now, statuses),
+                ):
                     print(line, file=sys.stderr, flush=True)
 
     def _tell(self) -> None:

@@ -38,16 +38,35 @@ class Trained:
     data: dict
 
 
+class Run:
+    """A process whose output `cat` writes to a log, so that what limits the process does not limit the log."""
+
+    def __init__(self, command: list[str], log: Path, **options) -> None:
+        with log.open("ab") as file:
+            self._cat = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file)
+        pipe = self._cat.stdin
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, **options)
+        pipe.close()
+
+    def wait(self) -> int:
+        """The exit code, once all output is in the log."""
+        code = self.process.wait(600)
+        self._cat.wait(60)
+        return code
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """The command of a run.
 
     Attributes:
+        place: where its data and logs are.
         overrides: of the configuration.
         steps: of the stage.
         save_every: steps between checkpoints.
     """
 
+    place: Path
     overrides: tuple[str, ...]
     steps: int
     save_every: int
@@ -74,20 +93,29 @@ class Recipe:
             *(f"stage.{STAGE}.{key}={value}" for key, value in stage.items()),
             *more,
         )
-        return cls(overrides, steps, save_every)
+        return cls(place, overrides, steps, save_every)
 
-    def start(self, workdir: Path, **options) -> subprocess.Popen:
-        """The command as a process; its output goes to `workdir`.log."""
+    def start(self, workdir: Path, **options) -> Run:
+        """The command as a process."""
         overrides = [f"--config.{override}" for override in self.overrides]
         command = [sys.executable, "-m", "avlm_jax", "train", "--config", f"{CONFIG}:size=demo"]
-        with Path(f"{workdir}.log").open("ab") as log:
-            return subprocess.Popen(
-                [*command, "--workdir", str(workdir), *overrides], cwd=ROOT, stdout=log, stderr=log, **options
-            )
+        return Run([*command, "--workdir", str(workdir), *overrides], self.log(workdir), **options)
+
+    def log(self, workdir: Path) -> Path:
+        """Where all that the processes of a working directory print goes: never to the disk that is filled."""
+        return self.place / f"{workdir.parent.name}-{workdir.name}.log"
+
+    def printed(self, workdir: Path) -> str:
+        """What is in the log."""
+        return self.log(workdir).read_text(errors="replace")
+
+    def resumed_at(self, workdir: Path) -> list[int]:
+        """At which steps the starts that found a checkpoint went on."""
+        return [int(step) for step in re.findall(r"continues at step (\d+)", self.printed(workdir))]
 
     def finish(self, workdir: Path) -> Trained:
         """Runs the command to its end."""
-        assert self.start(workdir).wait(600) == 0, log_of(workdir)[-3000:]
+        assert self.start(workdir).wait() == 0, self.printed(workdir)[-3000:]
         folder = workdir / STAGE
         manifest = json.loads((folder / "checkpoints" / str(self.steps) / MANIFEST_FILE).read_text())
         metrics = [{k: v for k, v in line.items() if k != "data_wait"} for line in read_metrics(folder)]
@@ -98,21 +126,16 @@ class Recipe:
 
     def kill(self, workdir: Path, due: Callable[[], bool], delay: float = 0.0) -> int:
         """Starts the command and kills it `delay` seconds after it is `due`; returns the step it had reached."""
-        begun, process = time.time(), self.start(workdir)
+        begun, run = time.time(), self.start(workdir)
         metrics, end = workdir / STAGE / "metrics.jsonl", time.monotonic() + 600
         while not (metrics.exists() and metrics.stat().st_mtime > begun and due()):
-            assert process.poll() is None, f"it ended before the kill: {log_of(workdir)[-3000:]}"
+            assert run.process.poll() is None, f"it ended before the kill: {self.printed(workdir)[-3000:]}"
             assert time.monotonic() < end, "the run does not get on"
             time.sleep(0.002)
         time.sleep(delay)
-        process.kill()
-        assert process.wait() == -9, "it ended before the kill"
+        run.process.kill()
+        assert run.wait() == -9, "it ended before the kill"
         return reached(workdir)
-
-
-def log_of(workdir: Path) -> str:
-    """All that the processes of a working directory have printed."""
-    return Path(f"{workdir}.log").read_text(errors="replace")
 
 
 def reached(workdir: Path) -> int:
@@ -137,8 +160,3 @@ def complete_steps(workdir: Path) -> list[int]:
     return sorted(
         int(path.name) for path in (workdir / STAGE / "checkpoints").glob("*") if path.name.isdecimal()
     )
-
-
-def resumed_at(workdir: Path) -> list[int]:
-    """At which steps the starts of a run that found a checkpoint went on."""
-    return [int(step) for step in re.findall(r"continues at step (\d+)", log_of(workdir))]

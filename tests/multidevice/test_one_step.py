@@ -14,10 +14,12 @@ from tests.process_group import Group
 pytestmark = pytest.mark.multidevice
 
 PROGRAM = "import runpy; runpy.run_module('tests.multidevice.one_step', run_name='__main__', alter_sys=True)"
-DEADLINE = 900.0  # Seconds; a cold compilation cache on a busy machine.
+DEADLINE = 1800.0  # Seconds; a cold compilation cache on a busy machine.
 ONE_DEVICE = "1x1x1:1"
-# Stages 2a and 2b train the same parameters and share their programs.
-MESHES = ("8x1x1:1", "2x4x1:1", "4x2x1:1", "2x2x2:1", "2x2x2:2")
+MESHES = ("8x1x1", "2x4x1", "4x2x1", "2x2x2")
+# Stages 2a and 2b train the same parameters and share their programs, so it is three programs a mesh. Micro-batches are the
+# same for all stages.
+CASES = (*(f"{stage}:{mesh}:1" for mesh in MESHES for stage in SOURCES), "2b:2x2x2:2")
 # Processes -> devices of each, and what they run. Four with a device each divide the tensor groups of 1x2x2 among them: two
 # and two hold the same rows.
 PROCESSES = {
@@ -52,7 +54,7 @@ def run(folder: Path, cases: list[str], processes: int, devices: int) -> Results
 
 @pytest.fixture(scope="module")
 def one_process(folder: Path) -> Results:
-    cases = [f"{stage}:{mesh}" for mesh in (ONE_DEVICE, *MESHES) for stage in SOURCES]
+    cases = [*(f"{stage}:{ONE_DEVICE}" for stage in SOURCES), *CASES]
     return run(folder, cases, processes=1, devices=8)
 
 
@@ -75,10 +77,9 @@ def check_alike(found: Results, case: str, reference: Results) -> None:
             np.testing.assert_allclose(found[f"{case}/{name}"], value, rtol=0, atol=atol, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("stage", SOURCES)
-def test_a_mesh_does_what_one_device_does(stage: str, mesh: str, one_process: Results) -> None:
-    check_alike(one_process, f"{stage}:{mesh}", one_process)
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_does_what_one_device_does(case: str, one_process: Results) -> None:
+    check_alike(one_process, case, one_process)
 
 
 @pytest.mark.parametrize("stage", SOURCES)

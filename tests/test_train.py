@@ -391,16 +391,11 @@ def test_of_many_samples_of_a_broken_step_some_are_named(
 def test_processes_must_train_on_the_same(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gathered(digest: np.ndarray) -> np.ndarray:
-        return np.stack([digest, digest, digest ^ 1, digest])
-
-    monkeypatch.setattr(lineage.jax, "process_count", lambda: 4)
-    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told, told, told.replace("0", "1"), told])
     with pytest.raises(UserError, match="stage 1a: processes 2 would train on other data than process 0"):
         lineage.check_same_plan("1a", {"seed": 0})
-    assert lineage.differing(gathered(np.arange(3, dtype=np.uint8))) == [2]
     plans: list[dict] = []
-    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", lambda digest: np.stack([digest] * 4))
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told] * 4)
     lineage.check_same_plan("1a", {"seed": 0})
     monkeypatch.undo()
 
@@ -413,6 +408,17 @@ def test_processes_must_train_on_the_same(
     (plan,) = plans
     assert (plan["stage"], plan["steps"], plan["batch_size"]) == ("1a", STEPS["1a"], BATCH)
     assert len(plan["fingerprint"]) == 32
+
+
+def test_processes_must_see_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not lineage.exists_for_all(tmp_path / "final")
+    (tmp_path / "final").mkdir()
+    assert lineage.exists_for_all(tmp_path / "final")
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told, str(False), told])
+    with pytest.raises(
+        UserError, match="final is there for processes 0, 2 and not for the others; --workdir"
+    ):
+        lineage.exists_for_all(tmp_path / "final")
 
 
 def test_rows_can_be_packed_and_batches_be_of_one_length(

@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TinyRun]:
 
 
 @pytest.mark.multidevice
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_trains_on_eight_devices(processes: int, tiny: tuple[Path, TinyRun], tmp_path: Path) -> None:
     path, run = tiny
     _, *options = run.command(tmp_path, f"stage.{STAGE}.steps=2", f"stage.{STAGE}.batch_size=8")
@@ -51,6 +51,20 @@ def test_it_trains_on_eight_devices(processes: int, tiny: tuple[Path, TinyRun], 
     assert [line["step"] for line in read_metrics(tmp_path / STAGE)] == [1, 2], told
     assert (tmp_path / STAGE / "final").is_dir(), told
     assert all(line.startswith(("[0] ", "[1] ")) for line in told.splitlines()) == (processes == 2), told
+
+
+@pytest.mark.multidevice
+def test_two_processes_form_a_cluster(tmp_path: Path) -> None:
+    """With the loop of tests/stepping.py in the place of training: each step waits for the other process's devices."""
+    avlm = tmp_path / "bin" / "avlm"
+    avlm.parent.mkdir()
+    avlm.write_text(f"#!/bin/sh\nexec {sys.executable} -m tests.stepping {tmp_path} 3\n")
+    avlm.chmod(0o755)
+    group = ("--processes", "2", "--port", str(free_port()), "--devices", "4", "--max-restarts", "0")
+    process = start(avlm.parent, *group, "--", "--config", "c.py", "--workdir", "w")
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told
+    assert "[0] step 3" in told, told
 
 
 # Notes that it is there, then ends with its code at the first attempt and with 0 at the next; None waits for SIGTERM, as a

@@ -43,6 +43,7 @@ def test_a_process_that_is_not_started_is_named(tmp_path: Path) -> None:
             assert told in group.text(index)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_not_ready_is_named(tmp_path: Path) -> None:
     with toy(tmp_path, 1, "sets_up=500", "ready=4", "late=2") as group:
         assert group.wait() == {0: 75, 1: 75}
@@ -90,6 +91,7 @@ def test_the_others_end_as_one_that_fails_and_say_why(tmp_path: Path) -> None:
         assert f"{SECOND} has ended: shard 3 is not there" in group.text(0)
 
 
+@pytest.mark.slow
 def test_a_killed_process_has_the_run_started_again(tmp_path: Path) -> None:
     with toy(tmp_path, 1000) as group:
         group.until(lambda: "step 3" in group.text(1))

@@ -21,6 +21,8 @@ from tests.tiny_system import CONFIG, SIZES, save_tokenizer, tiny_config, write_
 
 ROOT = Path(__file__).parents[1]
 STAGE, SAMPLES, BATCH = "1a", 3, 2  # Which samples a batch holds depends on the position in the data.
+# Of a step's metrics; the others tell of time and memory.
+LEARNT = {"step", "loss", "accuracy", "grad_norm", "lr", "targets", "skipped"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Trained:
 
     Attributes:
         files: of `final/`.
-        metrics: of every step, but for the time it waited.
+        metrics: what every step learnt, and from how many samples.
         leaves: sums of parameters, moments, counts and random key at the last step.
         data: position in the data at the last step.
     """
@@ -147,7 +149,10 @@ class Recipe:
         assert self.start(workdir).wait() == [0] * self.processes, self.printed(workdir)[-3000:]
         folder = workdir / STAGE
         manifest = json.loads((folder / "checkpoints" / str(self.steps) / MANIFEST_FILE).read_text())
-        metrics = [{k: v for k, v in line.items() if k != "data_wait"} for line in read_metrics(folder)]
+        metrics = [
+            {key: line[key] for key in line if key in LEARNT or key.startswith("samples/")}
+            for line in read_metrics(folder)
+        ]
         files = {
             name: (folder / "final" / name).read_bytes() for name in (TREE_FILE, CONFIG_FILE, METADATA_FILE)
         }

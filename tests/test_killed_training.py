@@ -64,6 +64,15 @@ def test_a_killed_run_of_micro_batches_ends_as_if_it_had_not_been(tmp_path: Path
     assert_kills_leave_no_trace(recipe, recipe.finish(tmp_path / "undisturbed"), tmp_path / "run", kills=1)
 
 
+@pytest.mark.e2e
+@pytest.mark.multidevice
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """One of the two is killed; the other ends as well."""
+    recipe = Recipe.make(tmp_path, STEPS, SAVE_EVERY, processes=2)
+    assert_kills_leave_no_trace(recipe, recipe.finish(tmp_path / "undisturbed"), tmp_path / "run", kills=1)
+
+
 def assert_kills_leave_no_trace(recipe: Recipe, undisturbed: Trained, workdir: Path, kills: int) -> None:
     kill_inside_a_save(recipe, workdir)
     steps = kill_at_steps(recipe, workdir, kills, seed=kills)
@@ -117,7 +126,7 @@ def refusal(recipe: Recipe, workdir: Path) -> str:
 
 def assert_full_disk_ends_the_run(recipe: Recipe, workdir: Path, **options) -> None:
     before = complete_steps(workdir)
-    assert recipe.start(workdir, **options).wait() == 2
+    assert recipe.start(workdir, **options).wait() == [2]
     told = refusal(recipe, workdir)
     after = complete_steps(workdir)
     assert after and after[: len(before)] == before and not (workdir / STAGE / "final").exists()

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # So many missed: no sign of life.
 ANSWER_SECONDS = 5.0  # A coordinator that takes longer is stopped or gone.
-LEAVE_SECONDS = 3.0  # How long process 0, which holds the store, stays for the others to read why it ends.
+LEAVE_SECONDS = 10.0  # How long process 0, which holds the store, stays for the others to read why it ends.
 WAIT_SECONDS = 60.0  # Over so long data waits are compared.
 MUCH = 0.1  # Of the time.
 NAMED = 8
@@ -189,6 +189,9 @@ class Peers:
 
     def __init__(self, store: Store, index: int, hosts: Sequence[str], late: float, patience: float) -> None:
         self.index, self.hosts, self.patience = index, tuple(hosts), patience
+        self.leave_by: float | None = (
+            None  # When a run that was told to stop has to be gone, by time.monotonic.
+        )
         self.status = Status()
         self._store = store
         names = [self.name(process) for process in range(len(hosts))]
@@ -256,18 +259,18 @@ class Peers:
         """
         sys.stdout.flush()
         sys.stderr.flush()
-        thread = threading.Thread(target=self._say_goodbye, args=(code, message), daemon=True)
+        deadline = self.leave_by or time.monotonic() + LEAVE_SECONDS
+        thread = threading.Thread(target=self._say_goodbye, args=(code, message, deadline), daemon=True)
         thread.start()
-        thread.join(LEAVE_SECONDS + BEAT_SECONDS)
+        thread.join(max(deadline - time.monotonic(), BEAT_SECONDS))
         os._exit(code)
 
-    def _say_goodbye(self, code: int, message: str) -> None:
+    def _say_goodbye(self, code: int, message: str, deadline: float) -> None:
         if message:
             self.post(FAILED, json.dumps({"process": self.index, "code": code, "message": message}))
         if code > 128:  # By a signal, which the others may not have had.
             self.post(STOP, str(code - 128))
         self.post(f"{LEFT}/{self.index}", str(code))
-        deadline = time.monotonic() + LEAVE_SECONDS
         while self.index == 0 and time.monotonic() < deadline:
             if len(self.entries(LEFT)) == len(self.hosts):
                 return

@@ -27,6 +27,7 @@ import jax
 from avlm_jax import peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LEAVE_SECONDS = 3.0  # After the grace, for the processes to end together.
 POLL_SECONDS = 0.5  # How often the store is asked whether another process has been told to stop.
 
 
@@ -165,6 +166,7 @@ class StopSignal:
         self._heard, self._told = time.monotonic(), signum
         self._timer.start()
         if (here := peers.current()) is not None:
+            here.leave_by = self._heard + self._grace + LEAVE_SECONDS
             here.post(peers.STOP, str(signum))
 
     def _agree(self, here: peers.Peers) -> bool:

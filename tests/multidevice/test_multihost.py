@@ -226,7 +226,7 @@ def test_fsdp_over_processes_trains_the_same(tiny: TinyRun, two: Path, tmp_path:
 def ends_within(group: Group, due: Callable[[], bool], code: int, what: str) -> None:
     group.until(due)
     sent = group.send(signal.SIGTERM)
-    assert set(group.wait(30).values()) == {code}
+    assert set(group.wait(60).values()) == {code}, "\n".join(map(group.text, group.logs))
     seconds = time.monotonic() - sent
     print(f"SIGTERM {what}: {seconds:.1f} s")
     assert seconds < 25

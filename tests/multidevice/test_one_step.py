@@ -32,7 +32,9 @@ PARAMETERS = 2e-3 * LEARNING_RATE
 # A tenth of the gradient, whose norm is clipped to 1; 3e-7 was seen. (Some gradients are zero but for rounding, a key's bias
 # for one, so nothing is measured relative to each.)
 MOMENTS = 2e-6
-METRICS = 2e-5  # Relative; 5e-6 was seen.
+# Relative. The norm before clipping is as unsteady as the random system is: in stage 1a the same programs on the same mesh
+# give 9e-5 more when two processes hold its rows in another order; 1.9e-4 was seen. Of the loss 1e-6.
+METRICS = {"loss": 1e-5, "grad_norm": 5e-4, "targets": 0.0, "skipped": 0.0}
 
 Results = Mapping[str, np.ndarray]
 
@@ -71,7 +73,8 @@ def check_alike(found: Results, case: str, reference: Results) -> None:
     }
     for name, value in expected.items():
         if name.startswith("metric/"):
-            np.testing.assert_allclose(found[f"{case}/{name}"], value, rtol=METRICS, err_msg=name)
+            rtol = METRICS[name.removeprefix("metric/")]
+            np.testing.assert_allclose(found[f"{case}/{name}"], value, rtol=rtol, err_msg=name)
         else:
             atol = PARAMETERS if name.startswith("parameter/") else MOMENTS
             np.testing.assert_allclose(found[f"{case}/{name}"], value, rtol=0, atol=atol, err_msg=name)

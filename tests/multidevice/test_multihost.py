@@ -119,6 +119,29 @@ def test_a_signal_during_set_up_stops_all(tmp_path: Path) -> None:
         assert group.wait(25) == {0: 143, 1: 143}
 
 
+# Stays before the loop, where a signal ends it at once.
+NOT_YET = """
+import runpy, time
+from avlm_jax.preemption import StopSignal
+def deferred(self):
+    print("not yet", flush=True)
+    time.sleep(500)
+StopSignal.deferred = deferred
+runpy.run_module("tests.stepping", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_one_is_in_the_loop_and_the_other_is_not(tmp_path: Path) -> None:
+    code = {0: NOT_YET, 1: STEPPING}
+    with Group(tmp_path / "logs", [str(tmp_path), "9"], 2, code=code) as group:
+        group.until(lambda: "not yet" in group.text(0))
+        time.sleep(2)  # Until the other one waits for it at its first step.
+        sent = group.send(signal.SIGTERM, 0)
+        assert group.wait(60) == {0: 143, 1: 143}
+        assert time.monotonic() - sent < 15 and "was not at a step" in group.text(1)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("tiny"))

@@ -5,12 +5,13 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test slow parity format lock clean rebuild
+.PHONY: help install demo test slow parity aot slices format lock clean rebuild
 
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PARITY := .venv-parity
+PREFLIGHT := .venv-preflight
 DEPENDENCIES := setup.py pyproject.toml requirements/install.py $(wildcard requirements/lock-py*.txt)
 VERSION := import sys; print(sys.version_info[:2])
 
@@ -62,6 +63,17 @@ $(PARITY)/.installed: $(DEPENDENCIES)
 	@$(PARITY)/bin/python -m pip uninstall --quiet --yes torchaudio
 	@touch $@
 
+aot: $(PREFLIGHT)/.installed  ## tests that compile for TPUs on this machine, in an environment with libtpu (minutes each)
+	@$(TEST_ENVIRONMENT) $(PREFLIGHT)/bin/python -m pytest -n 0 -m aot $(ARGS)
+
+slices: $(PREFLIGHT)/.installed  ## the table of TPU slices, launch/SLICES.md; takes hours, stopped and started at will
+	@$(PREFLIGHT)/bin/python -m avlm_jax preflight --config configs/savenvideo.py:size=7b --table launch/SLICES.md \
+	  --workdir runs/preflight $(ARGS)
+
+$(PREFLIGHT)/.installed: $(DEPENDENCIES)
+	@$(PYTHON) requirements/install.py $(PREFLIGHT) --extra preflight
+	@touch $@
+
 format: $(STAMP)  ## let ruff lay out the code and mend what it can
 	@$(RUN) -m ruff check --quiet --fix .
 	@$(RUN) -m ruff format --quiet .
@@ -86,5 +98,5 @@ $(UV):
 	@.cache/uv/bin/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
 
 clean:  ## remove environments, caches and build leftovers; runs/ and data stay
-	@rm -rf $(VENV) $(PARITY) .venv-tfio .cache .pytest_cache .ruff_cache build dist *.egg-info
+	@rm -rf $(VENV) $(PARITY) $(PREFLIGHT) .venv-tfio .cache .pytest_cache .ruff_cache build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -51,6 +51,9 @@ VERBS: dict[str, Verb] = {
     "export": Verb(
         "avlm_jax.export", "a trained model as a folder for PyTorch: transformers, PEFT, one file"
     ),
+    "preflight": Verb(
+        "avlm_jax.preflight", "compile a training step for a TPU slice: does it fit, how long does it take"
+    ),
     "doctor": Verb("avlm_jax.doctor", "check this installation: versions, devices, known traps"),
 }
 

@@ -61,7 +61,7 @@ from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
 from avlm_jax.run_record import record_start
-from avlm_jax.sharding import make_mesh, put_batch, replicated, share_of_batch
+from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
 from avlm_jax.training_plot import save_training_plot
@@ -149,10 +149,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
                 check_finished(assembly, name, finals[name])
                 say(f"stage {name}: finished before, {finals[name]}")
             else:
-                mesh = make_mesh(**config.mesh)
-                # What is traced may ask for it: activation constraints, attention kernels.
-                with jax.set_mesh(mesh):
-                    run_stage(assembly, name, workdir, mesh, watchdog, stop)
+                # What is traced may ask for the mesh: activation constraints, attention kernels.
+                with jax.set_mesh(assembly.mesh):
+                    run_stage(assembly, name, workdir, assembly.mesh, watchdog, stop)
         ready("the end")
     return finals
 

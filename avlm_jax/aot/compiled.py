@@ -1,13 +1,14 @@
 """Compiles a stage's training step for a slice that is not there, and says what it needs.
 
-The programs are those that `avlm train` runs (`avlm_jax.step`), with the shapes and shardings it gives them; nothing is read from
-disk: neither weights nor records nor a tokenizer.
+The programs are those that `avlm train` runs (`avlm_jax.step`), with the shapes and shardings it gives them; nothing is read
+from disk: neither weights nor records nor a tokenizer.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -27,8 +28,9 @@ from avlm_jax.aot.topologies import Slice, describe_topology
 from avlm_jax.aot.traffic import hbm_bytes
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError, to_dataclass
-from avlm_jax.models.api import build_system
+from avlm_jax.models.api import System, build_system
 from avlm_jax.sharding import make_mesh
+from avlm_jax.state import Tree
 from avlm_jax.step import StepInputs, abstract_inputs, count_micro_batches, make_step
 from avlm_jax.train import StageConfig
 from input_pipeline.spec import PIXELS, FeatureShapes
@@ -177,7 +179,7 @@ def prepare(
     modalities = {modality for source in stage.sources.values() for modality in source.modalities}
     video, audio, features, without = _media(system, modalities, stage.features)
     inputs = abstract_inputs(
-        assembly.abstract_params(),
+        _abstract_params(assembly.system),
         stage.trainable,
         stage.optim,
         placed,
@@ -203,6 +205,12 @@ def prepare(
         audio,
         inputs,
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_params(system: System) -> Tree:
+    """Tracing it takes a second, and a search asks again and again."""
+    return Assembly(ConfigDict(), None, system).abstract_params()  # type: ignore[arg-type]
 
 
 def _media(

@@ -30,7 +30,7 @@ class HloError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: element type, dimensions, and the memory space of its layout (0 is HBM, 1 the core's own memory, 5 the host)."""
+    """One array: element type, dimensions, memory space of its layout (0 is HBM, 1 the core's own memory, 5 the host)."""
 
     dtype: str
     dims: tuple[int, ...]

@@ -4,10 +4,11 @@
     memory    bytes that the program's kernels read and write in HBM / (bandwidth x attained)
     ici, dcn  per collective, bytes on the wire / bandwidth of the links its groups have
 
-A step lies between `fastest` (all of them overlap) and `slowest` (collectives wait for compute and it for them). Attained shares
-of the peak are what MaxText publishes as MFU of dense language models on each chip (AI-Hypercomputer/maxtext,
-src/maxtext/configs/tpu/{v4,v5e,v5p}/README: 22B on v4-128, 16B on v5e-256, 32B to 128B on v5p; tpu-recipes, training/trillium
-and training/ironwood: Llama3.1-8B on v6e, 70B on TPU7x); they were measured on other models, so the estimate is no promise.
+A step lies between `fastest` (all of them overlap) and `slowest` (collectives wait for compute and it for them). Attained
+shares of the peak are what MaxText publishes as MFU of dense language models on each chip (AI-Hypercomputer/maxtext,
+src/maxtext/configs/tpu/{v4,v5e,v5p}/README: 22B on v4-128, 16B on v5e-256, 32B to 128B on v5p; tpu-recipes,
+training/trillium and training/ironwood: Llama3.1-8B on v6e, 70B on TPU7x); they were measured on other models, so the
+estimate is no promise.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def link_seconds(item: Collective, mesh: Any, slice_: Slice) -> tuple[str, float
     """("ici" or "dcn", seconds of one run): the group with the fewest links counts.
 
     Within a slice a group has the links of the torus dimensions it extends along, two a dimension that it fills and that
-    closes to a ring, else one (the end of a line has one). Across slices it shares its host's network card with the host's other
-    devices, and only what differs between slices crosses it.
+    closes to a ring, else one (the end of a line has one). Across slices it shares its host's network card with the host's
+    other devices, and only what differs between slices crosses it.
     """
     chip = slice_.chip
     devices = mesh.devices.reshape(-1)

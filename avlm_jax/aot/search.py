@@ -1,7 +1,8 @@
 """Looks for the batch and the remat policy under which a stage's step is fastest on a slice.
 
-Tried are rows per device (a device's share of the batch is cut into so many micro-batches as that takes) and policies, from the
-one that keeps least. A policy is not tried with more rows once it did not fit, nor with more rows than one that keeps less fits.
+Tried are rows per device (a device's share of the batch is cut into so many micro-batches as that takes) and policies, from
+the one that keeps least. A policy is not tried with more rows once it did not fit, nor with more than one that keeps less
+takes.
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ def search(
     if rows is None:
         rows = candidates(prepare(config, name, slice_, mesh=mesh, length=length, rows=0).rows)
     trials: list[Trial] = []
-    most: int | None = None
+    most = max(rows, default=0)  # That a policy which keeps less could take.
     for remat in policies:
         fitting = 0
         for count in sorted(rows):
-            if most is not None and count > most:
+            if count > most:
                 break
             setup = prepare(config, name, slice_, mesh=mesh, length=length, rows=count, remat=remat)
             report = make_report(setup, compile_step(setup, only_last=True, cache=cache, progress=progress))
@@ -85,7 +86,7 @@ def search(
             if not trials[-1].fits:
                 break
             fitting = count
-        most = fitting if most is None else min(most, max(fitting, 0)) if remat != "offload" else most
+        most = fitting
     return trials
 
 

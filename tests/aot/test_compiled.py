@@ -1,0 +1,124 @@
+"""What is compiled for a stage on a slice, and what comes of a refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from avlm_jax.aot import compiled
+from avlm_jax.aot.compiled import out_of_memory, prepare, read_program, write_program
+from avlm_jax.aot.topologies import parse_slice
+from avlm_jax.config import ConfigError, apply_overrides
+from tests.aot import stand_in
+from tests.tiny_system import tiny_config
+
+ONE = parse_slice("v5e:1x1")
+
+
+@pytest.fixture
+def config(monkeypatch: pytest.MonkeyPatch) -> ConfigDict:
+    stand_in.use_cpu(monkeypatch)
+    return tiny_config(Path("no/such/tokenizer"))
+
+
+def test_nothing_is_read_from_disk(config: ConfigDict) -> None:
+    """The tokenizer's folder does not exist, nor do the records."""
+    setup = prepare(config, "2a", ONE)
+    assert (setup.rows, setup.micro_batches, setup.length) == (16, 1, 120)
+    assert setup.inputs.batch["tokens"].shape == (16, 120)
+    assert setup.assembly.system.media_token_id >= config.model.llm.vocab_size
+
+
+def test_rows_per_device_make_micro_batches(config: ConfigDict) -> None:
+    setup = prepare(config, "2a", ONE, rows=4, length=200)
+    assert (setup.rows, setup.micro_batches) == (4, 4)
+    assert setup.inputs.batch["tokens"].shape == (4, 200)
+
+
+def test_an_option_leaves_the_configuration_alone(config: ConfigDict) -> None:
+    setup = prepare(config, "2a", ONE, remat="full")
+    assert setup.assembly.system.llm_config.remat == "full"
+    assert config.model.llm.remat == "none"
+
+
+def test_modalities_are_those_of_the_sources(config: ConfigDict) -> None:
+    setup = prepare(config, "1a", ONE)
+    assert (setup.video, setup.audio) == ("pixels", "none")
+    cached = prepare(apply_overrides(config, ["stage.2a.features=True"]), "2a", ONE)
+    assert (cached.video, cached.audio) == ("features", "features")
+    assert "frame_features" in cached.inputs.batch and "vision" not in cached.inputs.frozen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "3a"}, "no stage '3a'; stages: 1a, 1b"),
+        ({"rows": 3}, "does not divide"),
+        ({"mesh": {"fsdp": 2, "data": 1}}, "does not fit 1 devices"),
+        ({"length": 8}, "media tokens"),
+    ],
+)
+def test_what_does_not_go(config: ConfigDict, options: dict, message: str) -> None:
+    name = options.pop("name", "2a")
+    with pytest.raises(ConfigError, match=message):
+        prepare(config, name, ONE, **options)
+
+
+@pytest.mark.parametrize(
+    ("message", "used", "limit"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.97G of 15.75G "
+            "hbm. Exceeded hbm capacity by 6.22G.",
+            21.97 * 2**30,
+            15.75 * 2**30,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (1.19T) exceeds "
+            "available HBM (15.75G).",
+            1.19 * 2**40,
+            15.75 * 2**30,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.", 0, 0),
+    ],
+)
+def test_a_refusal_is_read(message: str, used: float, limit: float) -> None:
+    found = out_of_memory("finish", message, 3.0)
+    assert (found.used, found.limit, found.seconds) == (int(used), int(limit), 3.0)
+
+
+def test_another_error_is_no_refusal() -> None:
+    assert out_of_memory("finish", "INTERNAL: Mosaic failed to compile TPU kernel", 1.0) is None
+    assert out_of_memory("finish", "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem", 1.0) is None
+
+
+def test_figures_of_programs_are_kept(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = prepare(config, "2a", ONE, rows=1)
+    made = stand_in.compile_step(setup)
+    assert [program.name for program in made] == ["finish", "accumulate"]
+    refused = out_of_memory("finish", "RESOURCE_EXHAUSTED: Used 2G of 1G hbm", 1.0)
+    for program in (*made, refused):
+        assert read_program(json.loads(json.dumps(write_program(program)))) == program
+
+    calls = []
+
+    def fake(name: str, lowered: jax.stages.Lowered, devices: int) -> compiled.Program:
+        calls.append(name)
+        return dataclasses.replace(made[0], name=name, runs=1)
+
+    monkeypatch.setattr(compiled, "_compile", fake)
+    monkeypatch.setattr(compiled, "_compiler", lambda: "a compiler")
+    first = compiled.compile_step(setup, cache=tmp_path)
+    again = compiled.compile_step(setup, cache=tmp_path)
+    assert first == again and calls == ["finish", "accumulate"]
+    assert [program.runs for program in first] == [1, 15]
+    # Another shape is another program.
+    compiled.compile_step(prepare(config, "2a", ONE, rows=16), cache=tmp_path, only_last=True)
+    assert calls == ["finish", "accumulate", "finish"]

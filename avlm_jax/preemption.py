@@ -63,6 +63,9 @@ class StopSignal:
         self._lock = threading.Lock()  # Held while the processes agree on a step.
         self._boundary: int | None = None
         self._stop_at: int | None = None
+        self._alone = (
+            False  # Whether a process is not in the loop: it ends at once, and the others' step never does.
+        )
         self._ended = threading.Event()
         self._timer = threading.Timer(grace, self._give_up)  # Of its own: the thread may hang with the store.
         self._timer.daemon = True
@@ -161,6 +164,8 @@ class StopSignal:
                 os.kill(os.getpid(), signal.SIGTERM)  # Python's handler in the main thread, if it can run.
             if here is not None and self._heard is not None and not agreed:
                 agreed = self._agree(here)
+            if here is not None and self._alone and self._deferred and here.entries(peers.LEFT):
+                self._give_up("Another process was not at a step, and has ended")
 
     def _hear(self, signum: int) -> None:
         self._heard, self._told = time.monotonic(), signum
@@ -177,15 +182,17 @@ class StopSignal:
                 if self._ended.is_set() or time.monotonic() - (self._heard or 0) > self._grace:
                     return True  # One of them does not answer: this process ends without saving.
                 time.sleep(0.05)
-            self._stop_at = 1 + max(map(int, found.values()))
+            boundaries = [int(value) for value in found.values()]
+            self._stop_at, self._alone = 1 + max(boundaries), min(boundaries) < 0
         return True
 
-    def _give_up(self) -> None:
+    def _give_up(self, why: str = "") -> None:
+        """Ends the process, whatever its main thread is doing."""
         stopped = self._stopped(f"({self._describe()})")
+        why = why or f"It came to no end within {self._grace:g} s (config.timeouts.grace)"
         sys.stdout.flush()
         print(
-            f"{stopped}. It came to no end within {self._grace:g} s (config.timeouts.grace), "
-            "so nothing more was saved; the newest checkpoint stands",
+            f"{stopped}. {why}, so nothing more was saved; the newest checkpoint stands",
             file=sys.stderr,
             flush=True,
         )

@@ -119,6 +119,29 @@ def test_a_signal_during_set_up_stops_all(tmp_path: Path) -> None:
         assert group.wait(25) == {0: 143, 1: 143}
 
 
+# Stays before the loop, where a signal ends it at once.
+NOT_YET = """
+import runpy, time
+from avlm_jax.preemption import StopSignal
+def deferred(self):
+    print("not yet", flush=True)
+    time.sleep(500)
+StopSignal.deferred = deferred
+runpy.run_module("tests.stepping", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_one_is_in_the_loop_and_the_other_is_not(tmp_path: Path) -> None:
+    code = {0: NOT_YET, 1: STEPPING}
+    with Group(tmp_path / "logs", [str(tmp_path), "9"], 2, code=code) as group:
+        group.until(lambda: "not yet" in group.text(0))
+        time.sleep(2)  # Until the other one waits for it at its first step.
+        sent = group.send(signal.SIGTERM, 0)
+        assert group.wait(60) == {0: 143, 1: 143}
+        assert time.monotonic() - sent < 15 and "was not at a step" in group.text(1)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return make_run(tmp_path_factory.mktemp("tiny"))
@@ -210,7 +233,7 @@ def test_four_processes_train_what_one_trains_and_always_the_same(
 ) -> None:
     for name in ("once", "again"):
         with Group(tmp_path / f"{name}-logs", tiny.command(tmp_path / name), 4) as group:
-            assert group.wait(400) == dict.fromkeys(range(4), 0)
+            assert group.wait() == dict.fromkeys(range(4), 0)
     assert_same(tmp_path / "again", tmp_path / "once")
     assert_alike(tmp_path / "once", two)
 
@@ -219,7 +242,7 @@ def test_four_processes_train_what_one_trains_and_always_the_same(
 def test_fsdp_over_processes_trains_the_same(tiny: TinyRun, two: Path, tmp_path: Path) -> None:
     settings = ("mesh.data=2", "mesh.fsdp=2")
     with Group(tmp_path / "logs", tiny.command(tmp_path / "run", *settings), 2, devices=2) as group:
-        assert group.wait(400) == {0: 0, 1: 0}, group.text(0)
+        assert group.wait() == {0: 0, 1: 0}, group.text(0)
     assert_alike(tmp_path / "run", two)
 
 
@@ -243,7 +266,7 @@ def test_sigterm_while_it_compiles_and_before(count: int, tiny: TinyRun, tmp_pat
     with Group(tmp_path / "compiling", tiny.command(workdir, *never_cached), count) as group:
         ends_within(group, (workdir / STAGE / "metrics.jsonl").exists, 143, "while the step compiles")
     with Group(tmp_path / "whole", tiny.command(workdir), count) as group:
-        assert set(group.wait(300).values()) == {0}
+        assert set(group.wait().values()) == {0}
 
 
 # Says when the first questions are asked, for which two programs are compiled.

@@ -30,8 +30,16 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble
-from avlm_jax.config import ConfigError, add_config_arguments, config_from_args, enable_compilation_cache
+from avlm_jax.config import (
+    ConfigError,
+    add_config_arguments,
+    config_from_args,
+    enable_compilation_cache,
+    to_dataclass,
+)
 from avlm_jax.features import describe_features, feature_counts, features_folder
+from avlm_jax.multihost import Timeouts, initialize, say
+from avlm_jax.preemption import StopSignal
 from avlm_jax.sharding import batch_sharding, make_mesh
 from avlm_jax.state import Tree
 from input_pipeline.errors import UserError
@@ -128,7 +136,7 @@ def make_encoders(assembly: Assembly, modalities: Sequence[str], batch_size: int
     wanted = {assembly.system.encoders[modality].part for modality in modalities}
     params, reports = assembly.parameters(mesh=mesh, without=assembly.abstract_params().keys() - wanted)
     for part in sorted(wanted):
-        print(f"{part}: {reports.get(part, f'drawn from config.seed {assembly.config.seed}')}", flush=True)
+        say(f"{part}: {reports.get(part, f'drawn from config.seed {assembly.config.seed}')}")
     return Encoders(assembly, params, tuple(modalities), batch_size * mesh.size, batch_sharding(mesh))
 
 
@@ -408,13 +416,20 @@ def run(args: argparse.Namespace) -> int:
     folders = [str(folder) for folder in args.records or all_records(config)]
     if args.out and len(folders) != 1:
         raise UserError(f"--out is for one folder of records, and there are {len(folders)}; leave it out")
+    timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
+    initialize(timeouts)
     enable_compilation_cache()
+    with StopSignal(timeouts.grace):
+        return _cache_all(config, folders, args)
+
+
+def _cache_all(config: ConfigDict, folders: Sequence[str], args: argparse.Namespace) -> int:
     encoders = make_encoders(assemble(config), args.modalities.split(","), args.batch_size)
     for folder in folders:
         tally = Tally()
         manifest = cache_features(encoders, folder, args.out or "", overwrite=args.overwrite, tally=tally)
         counts, size = manifest["counts"], sum(shard["bytes"] for shard in manifest["shards"])
-        print(
+        say(
             f"{args.out or features_folder(folder)}: {counts['records']:,} clips with {counts['samples']:,} samples, "
             f"{feature_counts(manifest)}, {size:,} bytes"
         )

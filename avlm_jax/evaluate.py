@@ -24,6 +24,9 @@ from avlm_jax.evals.multiple_choice import EXTRACTORS, format_report, score_mult
 from avlm_jax.evals.predictions import Prediction, reference_of_sample, write_rows
 from avlm_jax.features import check_readable
 from avlm_jax.generate import DEFAULT_NEW_TOKENS, Generator, load_model
+from avlm_jax.multihost import Timeouts, gather, initialize, is_first, say
+from avlm_jax.preemption import StopSignal
+from avlm_jax.sharding import share_of_batch
 from input_pipeline.errors import UserError
 from input_pipeline.loader import iter_eval, num_eval_batches
 from input_pipeline.mixture import MODALITIES, Mixture, SourceConfig, SourceIndex, open_source
@@ -32,6 +35,7 @@ from input_pipeline.records import unpack_record
 
 PREDICTIONS, REFERENCES, METRICS = "predictions.jsonl", "references.jsonl", "metrics.json"
 DEFAULT_BATCH_SIZE = 16
+TOLD_AT_ONCE = 512  # Answers in a message between processes, which may have 4 MB.
 
 EPILOG = """\
 examples:
@@ -63,7 +67,7 @@ def evaluate(
     model: str = "",
     label: str = "questions",
 ) -> dict[str, Any]:
-    """Asks every question of `records` once, in their order.
+    """Asks every question of `records` once, in their order; several processes share them, and each gets the report.
 
     Args:
         assembly, params: the model; see `generate.load_model`.
@@ -71,8 +75,8 @@ def evaluate(
         tasks: which samples; each needs a letter under "answer" and its texts under "options".
         modalities: what the model is shown, of "video", "audio"; () shows neither. Every question is asked
             whatever its media hold.
-        out_dir: gets predictions.jsonl, references.jsonl and metrics.json; None writes nothing.
-        batch_size: questions per step.
+        out_dir: gets predictions.jsonl, references.jsonl and metrics.json, from process 0; None writes nothing.
+        batch_size: questions per step, over all processes.
         max_new_tokens: per answer.
         limit: only the first so many questions; 0 = all.
         protocol: how a letter is found in an answer; see `score_multiple_choice`.
@@ -88,8 +92,6 @@ def evaluate(
             fit, by id.
         GenerationError: the model gave logits that are not finite.
     """
-    if jax.process_count() > 1:
-        raise UserError("evaluation runs in one process; start it on one host")
     if protocol not in EXTRACTORS:
         raise UserError(f"protocol is {protocol!r}; use one of {', '.join(EXTRACTORS)}")
     modalities = tuple(modalities)
@@ -102,29 +104,32 @@ def evaluate(
     generator = Generator(assembly, params, max_new_tokens)
     decoding = {"method": "greedy", "max_new_tokens": max_new_tokens}
     mixture = Mixture((index,), shuffle=False)
-    batches = iter_eval(mixture, builder, batch_size=batch_size)
-    predictions: list[Prediction] = []
-    for rows in track(batches, total=num_eval_batches(mixture, batch_size), label=label, unit="batches"):
+    share, shares = share_of_batch(assembly.mesh)
+    batches = iter_eval(mixture, builder, batch_size=batch_size, process_index=share, process_count=shares)
+    if is_first():
+        batches = track(batches, total=num_eval_batches(mixture, batch_size), label=label, unit="batches")
+    found: dict[int, Prediction] = {}
+    for number, rows in enumerate(batches):
         names = [sample["id"] for sample in rows.samples if sample is not None]
         texts = generator.texts(rows.batch, names)
         shown = rows.batch["frame_mask"].sum(axis=1)
-        for text, sample, frames in zip(texts, rows.samples, shown, strict=True):
+        for row, (text, sample, frames) in enumerate(zip(texts, rows.samples, shown, strict=True)):
             if sample is None:
                 continue
-            predictions.append(
-                Prediction(
-                    benchmark=Path(records).name,
-                    task=sample.get("task", ""),
-                    item_key=sample["id"],
-                    video_id=items[len(predictions)].video_id,
-                    prompt=_question(sample),
-                    response=text,
-                    model=model or assembly.config.system,
-                    decoding=decoding,
-                    n_frames=int(frames),
-                    modalities=modalities,
-                )
+            place = number * batch_size + row * shares + share
+            found[place] = Prediction(
+                benchmark=Path(records).name,
+                task=sample.get("task", ""),
+                item_key=sample["id"],
+                video_id=items[place].video_id,
+                prompt=_question(sample),
+                response=text,
+                model=model or assembly.config.system,
+                decoding=decoding,
+                n_frames=int(frames),
+                modalities=modalities,
             )
+    predictions = _of_all_processes(found, len(items))
     report = score_multiple_choice(predictions, items, protocol)
     report |= {
         "benchmark": Path(records).name,
@@ -134,12 +139,23 @@ def evaluate(
         "decoding": decoding,
         "versions": _versions(),
     }
-    if out_dir is not None:
+    if out_dir is not None and is_first():
         out = Path(out_dir)
         write_rows(out / PREDICTIONS, predictions)
         write_rows(out / REFERENCES, items)
         (out / METRICS).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _of_all_processes(own: Mapping[int, Prediction], count: int) -> list[Prediction]:
+    """`count` predictions in order of their number, each from a process that made it."""
+    found = dict(own)
+    for start in range(0, count if jax.process_count() > 1 else 0, TOLD_AT_ONCE):
+        told = {n: dataclasses.asdict(own[n]) for n in range(start, start + TOLD_AT_ONCE) if n in own}
+        for text in gather(f"answers from {start}", json.dumps(told)):
+            for number, fields in json.loads(text).items():
+                found[int(number)] = Prediction(**{**fields, "modalities": tuple(fields["modalities"])})
+    return [found[number] for number in range(count)]
 
 
 def _shown(index: SourceIndex, config: SourceConfig, limit: int) -> SourceIndex:
@@ -213,7 +229,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; 0 when every question was asked."""
+    timeouts = Timeouts()
+    initialize(timeouts)
     enable_compilation_cache()
+    with StopSignal(timeouts.grace):
+        return _load_and_evaluate(args)
+
+
+def _load_and_evaluate(args: argparse.Namespace) -> int:
     model = load_model(args.checkpoint, args.config, args.config_overrides)
     report = evaluate(
         model.assembly,
@@ -228,6 +251,6 @@ def run(args: argparse.Namespace) -> int:
         protocol=args.protocol,
         model=model.name,
     )
-    print(format_report(report, f"{report['benchmark']}, shown {args.modalities}"))
-    print(f"written: {Path(args.out) / PREDICTIONS}, {METRICS}")
+    say(format_report(report, f"{report['benchmark']}, shown {args.modalities}"))
+    say(f"written: {Path(args.out) / PREDICTIONS}, {METRICS}")
     return 0

@@ -233,13 +233,12 @@ def decoder_work(
     result, run = "attention" if backend == "splash" else "", 2.0 if backend == "reference" else 1.0
     matmuls.append(Matmul(triangle, result=result, run=run))
     embed = "llm/embed/embedding"
-    remat = {True: "full", False: "none"}.get(c.remat, c.remat)
     head = Matmul(2.0 * tokens * c.width * c.vocab_size, embed if c.tie_embeddings else f"{HEAD}/kernel")
     return [
         Segment(
             "llm/embed", ()
         ),  # A row is looked up, which is no product, but its gradient passes all that follows.
-        Segment("llm/layers", tuple(matmuls), (*upstream, "llm/embed"), remat),
+        Segment("llm/layers", tuple(matmuls), (*upstream, "llm/embed"), c.remat),
         Segment("llm/norm", (), ("llm/layers",)),
         Segment(HEAD, (head,), ("llm/norm",), "full"),
     ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
@@ -24,7 +25,7 @@ from avlm_jax.checkpoint import CONFIG_FILE, METADATA_FILE, CheckpointError, loa
 from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
-from avlm_jax.sharding import put_batch, replicated
+from avlm_jax.sharding import put_batch, replicated, rows_of_process
 from avlm_jax.state import Tree, flatten
 from avlm_jax.weights.placement import place_params
 from input_pipeline.conversation import Template, end_of_turn_id
@@ -95,7 +96,8 @@ class Generator:
     def __call__(self, batch: Mapping[str, np.ndarray], names: Sequence[str] = ()) -> Generation:
         """Answers the prompts of a batch (`Batch` of spec.py, made with `Assembly.builder(prompt=True)`).
 
-        Rows without a token (padding rows of `iter_eval`) get no answer: length 0.
+        Rows without a token (padding rows of `iter_eval`) get no answer: length 0. Of several processes each gives its own
+        rows, see `share_of_batch`, and gets their answers.
 
         Args:
             batch: numpy arrays; every new shape is compiled anew.
@@ -113,7 +115,7 @@ class Generator:
             found, _ = decode(
                 self._params, logits, (cache, seen), placed["positions"], placed["segment_ids"], stop_ids
             )
-        tokens, lengths, stopped, broken = jax.device_get(found)
+        tokens, lengths, stopped, broken = self._fetch(found, len(batch["tokens"]))
         if (broken >= 0).any():
             row = int(np.flatnonzero(broken >= 0)[0])
             name = f" ({names[row]})" if row < len(names) else ""
@@ -138,11 +140,18 @@ class Generator:
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         rows = len(batch["tokens"])
-        if rows % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]) == 0:
+        if jax.process_count() > 1 or rows % (self._mesh.shape["data"] * self._mesh.shape["fsdp"]) == 0:
             return put_batch(dict(batch), self._mesh)
         return jax.device_put(
             dict(batch), replicated(self._mesh)
         )  # Fewer rows than devices: one question, say.
+
+    def _fetch(self, arrays: Sequence[jax.Array], rows: int) -> list[np.ndarray]:
+        """This process's `rows` rows of what the devices hold."""
+        if jax.process_count() == 1:
+            return jax.device_get(arrays)
+        own = rows_of_process(self._mesh, rows)
+        return [multihost_utils.process_allgather(array, tiled=True)[own] for array in arrays]
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerFast, template: Template) -> list[int]:

@@ -210,8 +210,12 @@ def memory_in_use(devices: Sequence[jax.Device]) -> dict[str, float]:
         used, peak = (max(stats[key] for stats in found) for key in ("bytes_in_use", "peak_bytes_in_use"))
         return {"memory_gib": used / GIB, "memory_peak_gib": peak / GIB}
     unit = 1 if sys.platform == "darwin" else 1024
-    figures = {"memory_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
     statm = Path("/proc/self/statm")
-    if statm.exists():  # Linux.
-        figures["memory_gib"] = int(statm.read_text().split()[1]) * resource.getpagesize() / GIB
-    return figures
+    if not statm.exists():  # Only Linux tells what is used now.
+        return {"memory_peak_gib": peak}
+    used = int(statm.read_text().split()[1]) * resource.getpagesize() / GIB
+    return {
+        "memory_gib": used,
+        "memory_peak_gib": max(peak, used),
+    }  # The kernel updates the peak a little late.

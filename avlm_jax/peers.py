@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import threading
 import time
@@ -19,7 +20,10 @@ from typing import NamedTuple, Protocol
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # So many missed: no sign of life.
 ANSWER_SECONDS = 5.0  # A coordinator that takes longer is stopped or gone.
-LEAVE_SECONDS = 3.0  # How long process 0, which holds the store, stays for the others to read why it ends.
+LEAVE_SECONDS = 10.0  # How long process 0, which holds the store, stays for the others to read why it ends.
+WAIT_SECONDS = 60.0  # Over so long data waits are compared.
+MUCH = 0.1  # Of the time.
+NAMED = 8
 PREFIX = "avlm"
 STOP, FAILED, LEFT, STATUS = "stop", "failed", "left", "status"
 
@@ -52,12 +56,14 @@ class Status:
         step: the step it is at; 0 before it knows.
         phase: of PHASES.
         beat: grows each time it says so.
+        waited: seconds that it has waited for data since it started.
     """
 
     stage: int = 0
     step: int = 0
     phase: str = SETS_UP
     beat: int = 0
+    waited: float = 0.0
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -111,6 +117,34 @@ class Lateness:
         return f"{self._names[process]} is {seconds:.0f} s late {self._last[process]}{told}"
 
 
+class DataWait:
+    """Tells which processes' data hold the others up, a little in every step, so that none is ever late for long."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._since: tuple[float, dict[int, float]] | None = None
+
+    def observe(self, now: float, statuses: Mapping[int, Status]) -> list[str]:
+        """A line every WAIT_SECONDS, if some have waited much longer than the others."""
+        waited = {process: status.waited for process, status in statuses.items()}
+        if self._since is None or self._since[1].keys() != waited.keys():
+            self._since = now, waited
+        begun, before = self._since
+        if now - begun < WAIT_SECONDS:
+            return []
+        self._since = now, waited
+        shares = {process: (waited[process] - before[process]) / (now - begun) for process in waited}
+        usual = statistics.median_low(shares.values())
+        slow = sorted((p for p in shares if shares[p] > usual + MUCH), key=lambda p: -shares[p])
+        if not slow:
+            return []
+        told = ", ".join(f"{self._names[process]} {shares[process]:.0%}" for process in slow[:NAMED])
+        return [
+            f"waiting for data, of the last {now - begun:.0f} s: {told}{' and others' * (len(slow) > NAMED)}; half of the "
+            f"processes {usual:.0%} or less. The step waits for the slowest"
+        ]
+
+
 class Behind(NamedTuple):
     """A process that the others wait for.
 
@@ -155,9 +189,13 @@ class Peers:
 
     def __init__(self, store: Store, index: int, hosts: Sequence[str], late: float, patience: float) -> None:
         self.index, self.hosts, self.patience = index, tuple(hosts), patience
+        self.leave_by: float | None = (
+            None  # When a run that was told to stop has to be gone, by time.monotonic.
+        )
         self.status = Status()
         self._store = store
-        self._lateness = Lateness([self.name(process) for process in range(len(hosts))], late)
+        names = [self.name(process) for process in range(len(hosts))]
+        self._lateness, self._data_wait = Lateness(names, late), DataWait(names)
         self._beats = 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
@@ -221,18 +259,18 @@ class Peers:
         """
         sys.stdout.flush()
         sys.stderr.flush()
-        thread = threading.Thread(target=self._say_goodbye, args=(code, message), daemon=True)
+        deadline = self.leave_by or time.monotonic() + LEAVE_SECONDS
+        thread = threading.Thread(target=self._say_goodbye, args=(code, message, deadline), daemon=True)
         thread.start()
-        thread.join(LEAVE_SECONDS + BEAT_SECONDS)
+        thread.join(max(deadline - time.monotonic(), BEAT_SECONDS))
         os._exit(code)
 
-    def _say_goodbye(self, code: int, message: str) -> None:
+    def _say_goodbye(self, code: int, message: str, deadline: float) -> None:
         if message:
             self.post(FAILED, json.dumps({"process": self.index, "code": code, "message": message}))
         if code > 128:  # By a signal, which the others may not have had.
             self.post(STOP, str(code - 128))
         self.post(f"{LEFT}/{self.index}", str(code))
-        deadline = time.monotonic() + LEAVE_SECONDS
         while self.index == 0 and time.monotonic() < deadline:
             if len(self.entries(LEFT)) == len(self.hosts):
                 return
@@ -260,7 +298,11 @@ class Peers:
             self._tell()
             self.follow()
             if self.index == 0 and (statuses := self._statuses()):
-                for line in self._lateness.observe(time.monotonic(), statuses):
+                now = time.monotonic()
+                for line in (
+                    *self._lateness.observe(now, statuses),
+                    *self._data_wait.observe(now, statuses),
+                ):
                     print(line, file=sys.stderr, flush=True)
 
     def _tell(self) -> None:

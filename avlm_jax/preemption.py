@@ -27,6 +27,7 @@ import jax
 from avlm_jax import peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LEAVE_SECONDS = 3.0  # After the grace, for the processes to end together.
 POLL_SECONDS = 0.5  # How often the store is asked whether another process has been told to stop.
 
 
@@ -63,6 +64,8 @@ class StopSignal:
         self._boundary: int | None = None
         self._stop_at: int | None = None
         self._ended = threading.Event()
+        self._timer = threading.Timer(grace, self._give_up)  # Of its own: the thread may hang with the store.
+        self._timer.daemon = True
         self._thread = threading.Thread(target=self._watch, name="stop signal", daemon=True)
         self._active = threading.current_thread() is threading.main_thread()
 
@@ -81,13 +84,15 @@ class StopSignal:
         if not self._active:
             return
         self._ended.set()
+        self._timer.cancel()
         self._write.send(b"\0")  # Wakes the thread.
-        self._thread.join()
+        self._thread.join(2 * POLL_SECONDS)  # It may hang with the store.
         signal.set_wakeup_fd(self._old_descriptor)
         for signum, handler in zip(SIGNALS, self._old, strict=True):
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-        self._read.close()
-        self._write.close()
+        if not self._thread.is_alive():
+            self._read.close()
+            self._write.close()
 
     def _install(self) -> None:
         for signum in SIGNALS:
@@ -105,13 +110,13 @@ class StopSignal:
             if self._signum is None:
                 raise
             # A launcher's signal reaches the loader's worker processes as well, and they end before they are asked.
-            reason = f"({self._describe()}; {type(error).__name__}: {error})"
-            raise Stopped(self._message(reason), self._signum) from error
+            raise self._stopped(f"({self._describe()}; {type(error).__name__}: {error})") from error
         finally:
             self._deferred = False
             with self._lock:
                 self._boundary = None
-        self._raise("after its last step")
+        if self._signum is not None:
+            raise self._stopped("after its last step")
 
     def reached(self, step: int) -> bool:
         """Whether the run ends after `step`; every process gets the same answer for the same step.
@@ -126,21 +131,19 @@ class StopSignal:
 
     def end(self, step: int) -> None:
         """Raises Stopped; `step` has been saved."""
-        self._raise(f"at step {step}")
+        raise self._stopped(f"at step {step}")
 
-    def _raise(self, where: str) -> None:
-        if self._signum is not None:
-            raise Stopped(self._message(where), self._signum)
-
-    def _message(self, where: str) -> str:
+    def _stopped(self, where: str) -> Stopped:
         signum = self._signum or self._told or signal.SIGTERM
-        return f"stopped by {signal.Signals(signum).name} {where}; the same command continues"
+        return Stopped(
+            f"stopped by {signal.Signals(signum).name} {where}; the same command continues", signum
+        )
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first, self._signum = self._signum is None, self._signum or self._told or signum
-        if not self._deferred:
-            self._raise(f"({self._describe()})" if self._describe() else "before its first step")
-        elif first and signum == signal.SIGINT:
+        if first and not self._deferred:
+            raise self._stopped(f"({self._describe()})" if self._describe() else "before its first step")
+        if first and signum == signal.SIGINT:
             print("stopping after this step; Ctrl-C once more ends it at once", file=sys.stderr, flush=True)
 
     def _watch(self) -> None:
@@ -158,13 +161,12 @@ class StopSignal:
                 os.kill(os.getpid(), signal.SIGTERM)  # Python's handler in the main thread, if it can run.
             if here is not None and self._heard is not None and not agreed:
                 agreed = self._agree(here)
-            if self._heard is not None and time.monotonic() - self._heard > self._grace:
-                self._give_up()
 
     def _hear(self, signum: int) -> None:
-        self._heard = time.monotonic()
-        self._told = signum
+        self._heard, self._told = time.monotonic(), signum
+        self._timer.start()
         if (here := peers.current()) is not None:
+            here.leave_by = self._heard + self._grace + LEAVE_SECONDS
             here.post(peers.STOP, str(signum))
 
     def _agree(self, here: peers.Peers) -> bool:
@@ -179,13 +181,14 @@ class StopSignal:
         return True
 
     def _give_up(self) -> None:
-        code = 128 + (self._signum or self._told or signal.SIGTERM)
+        stopped = self._stopped(f"({self._describe()})")
+        sys.stdout.flush()
         print(
-            f"{self._message(f'({self._describe()})')}. It came to no end within {self._grace:g} s (config.timeouts.grace), "
+            f"{stopped}. It came to no end within {self._grace:g} s (config.timeouts.grace), "
             "so nothing more was saved; the newest checkpoint stands",
             file=sys.stderr,
             flush=True,
         )
         if (here := peers.current()) is not None:
-            here.leave(code)
-        os._exit(code)
+            here.leave(stopped.exit_code)
+        os._exit(stopped.exit_code)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from avlm_jax.checkpoint import versions
 
 RUNS_FILE = "runs.jsonl"
+COMMIT_FILE = "launch/commit.txt"
 ROOT = Path(__file__).resolve().parents[1]
 # Beside `versions`: what decides about speed.
 PACKAGES = ("jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "grain")
@@ -69,7 +70,12 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """{"commit", "dirty"} of the repository whose top `root` is; None where there is none, or no git."""
+    """{"commit", "dirty"} of the repository whose top `root` is, or of the one that `git archive` has made `root` from.
+
+    None where there is none, or no git.
+    """
+    if archived := _archived_commit(root):
+        return {"commit": archived, "dirty": False}
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(root), *arguments]
@@ -81,6 +87,15 @@ def git_state(root: Path) -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _archived_commit(root: Path) -> str | None:
+    """The commit that `git archive` writes into COMMIT_FILE (see .gitattributes), as the launch scripts ship the code."""
+    try:
+        text = (root / COMMIT_FILE).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{40,64}", text) else None
 
 
 def redacted(arguments: Sequence[str]) -> list[str]:

@@ -61,7 +61,7 @@ from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
 from avlm_jax.run_record import record_start
-from avlm_jax.sharding import make_mesh, put_batch, replicated
+from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
 from avlm_jax.training_plot import save_training_plot
@@ -149,10 +149,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
                 check_finished(assembly, name, finals[name])
                 say(f"stage {name}: finished before, {finals[name]}")
             else:
-                mesh = make_mesh(**config.mesh)
-                # What is traced may ask for it: activation constraints, attention kernels.
-                with jax.set_mesh(mesh):
-                    run_stage(assembly, name, workdir, mesh, watchdog, stop)
+                # What is traced may ask for the mesh: activation constraints, attention kernels.
+                with jax.set_mesh(assembly.mesh):
+                    run_stage(assembly, name, workdir, assembly.mesh, watchdog, stop)
         ready("the end")
     return finals
 
@@ -164,7 +163,7 @@ def run_stage(
     config = assembly.config
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     watched = to_dataclass(WatchConfig, config.watch, "watch")
-    first = jax.process_index() == 0  # The process that writes what there is one of.
+    first = is_first()  # The process that writes what there is one of.
     if first and watched.wandb:
         import_wandb(watched.wandb)
     builder = assembly.of_stage(name).builder(max_length=stage.max_length)
@@ -181,6 +180,7 @@ def run_stage(
         micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
     except ValueError as error:
         raise ConfigError(f"config.stage.{name}: {error}") from error
+    share, shares = share_of_batch(mesh)
     # What is wrong with the data is told before gigabytes of weights are read.
     loader = Loader(
         sources,
@@ -191,8 +191,8 @@ def run_stage(
         pack=stage.pack,
         oversize=stage.oversize,
         seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share,
+        process_count=shares,
         threads=config.loader.threads,
         workers=config.loader.workers,
     )
@@ -308,7 +308,7 @@ def loop(
         pending = None
         meter.step(values["tokens"], loader.num_samples(number - 1))
         if number == work.start + 1:
-            print(f"stage {work.name}: {meter.describe()}", flush=True)
+            say(f"stage {work.name}: {meter.describe()}")
         if number % config.log_every == 0 or number == total:
             since = (number - 1) // config.log_every * config.log_every  # The logged step before this one.
             samples = {f"samples/{k}": n for k, n in loader.count_samples(since, number).items()}

@@ -48,7 +48,7 @@ class Watchdog:
         """A stage begins; `folder` gets the stacks."""
         with self._lock:
             self._stage, self._folder, self._step, self._first = name, folder, 0, None
-        peers.announce(lambda status: peers.Status(status.stage + 1))
+        peers.announce(lambda status: peers.Status(status.stage + 1, waited=status.waited))
         self.at(peers.SETS_UP)
 
     def step(self, number: int) -> None:
@@ -71,10 +71,15 @@ class Watchdog:
         """`batches`, while which are waited for the phase is another one than while they are computed."""
         while True:
             self.at(peers.READS)
+            begun = time.monotonic()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
+            seconds = time.monotonic() - begun
+            peers.announce(
+                lambda status, more=seconds: dataclasses.replace(status, waited=status.waited + more)
+            )
             self.at(peers.COMPUTES)
             yield batch
 

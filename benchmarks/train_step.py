@@ -153,6 +153,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     from avlm_jax.meter import memory_in_use
     from avlm_jax.models.api import init_params
     from avlm_jax.optim import OptimConfig
+    from avlm_jax.quantize import abstract_frozen
     from avlm_jax.sharding import make_mesh, put_batch, replicated
     from avlm_jax.state import flatten, split
     from avlm_jax.step import create_state, make_step
@@ -167,8 +168,10 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         batches = [put_batch(make_batch(spec, seed), mesh) for seed in (0, 1)]
         abstract = jax.eval_shape(lambda batch: init_params(system, batch, 0), batches[0])
-        trainable, frozen = (draw(tree, mesh) for tree in as_placed(*split(abstract, patterns), config))
-        paths, trained = flatten(trainable), sum(leaf.size for leaf in jax.tree.leaves(trainable))
+        paths = list(flatten(split(abstract, patterns)[0]))
+        placed = abstract_frozen(abstract, config.frozen_dtype, fp32=paths)
+        trainable, frozen = (draw(tree, mesh) for tree in split(placed, patterns))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
         state = create_state(trainable, optim, 0, mesh)
         del trainable
         run = make_step(system, optim, config.loss_chunk, state)
@@ -202,17 +205,6 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def as_placed(trainable: Any, frozen: Any, config: Any) -> tuple[Any, Any]:
-    """Abstract trees in the precisions in which they are trained and frozen."""
-    import jax
-    import jax.numpy as jnp
-
-    def cast(tree: Any, dtype: str) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), tree)
-
-    return cast(trainable, "float32"), cast(frozen, config.frozen_dtype)
-
-
 def draw(abstract: Any, mesh: Any) -> Any:
     """Parameters of a tree of shapes, drawn where they will lie; activations keep their size on the way through them."""
     import jax
@@ -232,12 +224,11 @@ def draw(abstract: Any, mesh: Any) -> Any:
         )  # The generator of the hardware: 7 billion numbers in a second.
         if dtype == jnp.int8:
             return jax.random.randint(key, shape, -127, 128, dtype)
-        if name == "kernel_scale":  # Of uniform int8 values.
-            return jnp.full(shape, 3**0.5 / 127 * mean_fan_in**-0.5, dtype)
+        if name == "kernel_scale":
+            fan_in = flat[path.removesuffix("_scale")].shape[-2]
+            return jnp.full(shape, (3 / fan_in) ** 0.5 / 127, dtype)
         spread = 0.02 if name == "embedding" else (3 / max(shape[-2:-1], default=1)) ** 0.5
         return jax.random.uniform(key, shape, dtype, -spread, spread)
-
-    mean_fan_in = 4096
 
     def all_leaves() -> dict[str, jax.Array]:
         return {path: leaf(n, path, x.shape, x.dtype) for n, (path, x) in enumerate(flat.items())}

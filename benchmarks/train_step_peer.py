@@ -23,9 +23,6 @@ from train_step import make_batch, time_steps
 from transformers import AutoModelForCausalLM, Qwen2Config, SiglipVisionConfig, SiglipVisionModel
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = {
-    **{name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")},
-}
 IGNORED = -100  # What transformers' loss leaves out.
 
 
@@ -59,7 +56,7 @@ def make_llm(spec: dict[str, Any], dtype: torch.dtype) -> torch.nn.Module:
         r=c["lora"]["rank"],
         lora_alpha=c["lora"]["alpha"],
         lora_dropout=c["lora"]["dropout"],
-        target_modules=[TARGETS[name] for name in c["lora"]["targets"]],
+        target_modules=[f"{name}_proj" for name in c["lora"]["targets"]],
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(llm, lora)

@@ -172,6 +172,7 @@ def full() -> ConfigDict:
                 "template_options": None,
                 "system": None,
             },
+            # "int8": a 7B model in 8.1 in place of 14.2 GiB; what that costs is in benchmarks/int8_accuracy.py.
             "frozen_dtype": "bfloat16",
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "loss_chunk": 128,

@@ -65,12 +65,16 @@ if [[ ! ${AVLM_ONE_ATTEMPT-} ]]; then
 fi
 
 children=()
+pipes=$(mktemp -d)
+trap 'rm -rf "$pipes"' EXIT
 # shellcheck disable=SC2329 # By the traps.
 end_all() { kill -s "$1" "${children[@]}" 2> /dev/null || true; }
 trap 'end_all TERM' TERM INT
 for ((number = 0; number < processes; number++)); do
   process "$number"
-  exec "${one[@]}" > >(trap '' INT TERM && exec sed -u "s/^/[$number] /") 2>&1 &
+  mkfifo "$pipes/$number"
+  (trap '' INT TERM && exec sed -u "s/^/[$number] /" < "$pipes/$number") &
+  exec "${one[@]}" > "$pipes/$number" 2>&1 & # exec: see supervise.sh.
   children+=($!)
 done
 # The first failure is the cause, unless one of them has a reason not to be started again. The others end by themselves, as
@@ -79,7 +83,7 @@ code=0 left=("${children[@]}") killer=""
 while ((${#left[@]})); do
   ended="" now=0
   wait -n -p ended "${left[@]}" || now=$?
-  [[ $ended ]] || continue # A signal with a trap ends `wait` early.
+  [[ ${ended-} ]] || continue # A signal with a trap ends `wait` early.
   remaining=()
   for child in "${left[@]}"; do
     if [[ $child != "$ended" ]]; then remaining+=("$child"); fi

@@ -77,6 +77,9 @@ install_avlm() {
   # shellcheck disable=SC2016 # Expanded by the shell that bash -c starts.
   run bash -c '.cache/python/cpython-3.11*/bin/python3.11 requirements/install.py .venv --extra "$1" --extra gcp' install "$extra"
   run .venv/bin/avlm --version
+  note "What configurations name from here, and by the same name at home."
+  run ln -sfn $MOUNT/records records
+  run ln -sfn $MOUNT/weights weights
 }
 
 start_unit() {

@@ -35,7 +35,7 @@ stop() {
   kill -s TERM "$step" 2> /dev/null || true # srun passes it on to the tasks.
 }
 trap stop TERM
-"${tasks[@]}" &
+exec "${tasks[@]}" & # exec: see supervise.sh.
 step=$!
 code=0
 wait "$step" || code=$?

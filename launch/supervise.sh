@@ -34,8 +34,9 @@ fi
 export PYTHONUNBUFFERED=1 # The log tells what is, not what was.
 LOG_LINES=200 # Of the report: enough for a traceback of every process thread.
 host=$(hostname)${SLURM_PROCID:+-$SLURM_PROCID}
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+place=$(mktemp -d)
+log=$place/log
+trap 'rm -rf "$place"' EXIT
 
 # A report that cannot be written costs the report, not the run.
 report_status() {
@@ -76,13 +77,22 @@ while :; do
   attempt=$((attempt + 1)) begun=$SECONDS
   report_status "running $attempt"
   : > "$log"
-  # tee ignores the signals, so that the command's last words are heard. exec: otherwise bash keeps a process of its own
-  # between, which the signal would end instead.
-  exec "${train[@]}" > >(trap '' INT TERM && exec tee -a "$log") 2>&1 &
+  # A named pipe, and not >(tee): what the command leaves running would hold that open. tee ignores the signals, so that the
+  # command's last words are heard.
+  rm -f "$place/pipe" && mkfifo "$place/pipe"
+  (trap '' INT TERM && exec tee -a "$log" < "$place/pipe") &
+  listener=$!
+  # exec: because of the traps bash would keep a process of its own between, which the signal would end instead.
+  exec "${train[@]}" > "$place/pipe" 2>&1 &
   child=$!
   if [[ $stopped ]]; then kill -s TERM "$child" 2> /dev/null || true; fi # It came between two attempts.
   wait_for_child
   child=""
+  # The last lines; but not what something that the command has left running may still say.
+  for ((tenth = 0; tenth < 50; tenth++)); do
+    kill -0 "$listener" 2> /dev/null || break
+    sleep 0.1
+  done
   if ((SECONDS - begun >= ${long%.*})); then short=0; else short=$((short + 1)); fi
   report_log
   if [[ $stopped ]] || ! worth_a_restart "$code"; then break; fi

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,7 @@ from tests.killed_training import (
     Trained,
     begun_steps,
     complete_steps,
-    log_of,
     reached,
-    resumed_at,
 )
 
 STEPS, SAVE_EVERY = 60, 5
@@ -63,13 +64,22 @@ def test_a_killed_run_of_micro_batches_ends_as_if_it_had_not_been(tmp_path: Path
     assert_kills_leave_no_trace(recipe, recipe.finish(tmp_path / "undisturbed"), tmp_path / "run", kills=1)
 
 
+@pytest.mark.e2e
+@pytest.mark.multidevice
+@pytest.mark.slow
+def test_a_killed_run_of_two_processes_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """One of the two is killed; the other ends as well."""
+    recipe = Recipe.make(tmp_path, STEPS, SAVE_EVERY, processes=2)
+    assert_kills_leave_no_trace(recipe, recipe.finish(tmp_path / "undisturbed"), tmp_path / "run", kills=1)
+
+
 def assert_kills_leave_no_trace(recipe: Recipe, undisturbed: Trained, workdir: Path, kills: int) -> None:
     kill_inside_a_save(recipe, workdir)
     steps = kill_at_steps(recipe, workdir, kills, seed=kills)
     assert not (workdir / STAGE / "final").exists()
     trained = recipe.finish(workdir)
-    print(f"killed inside a save and at steps {steps}; continued at steps {resumed_at(workdir)}")
-    assert resumed_at(workdir), log_of(workdir)
+    print(f"killed inside a save and at steps {steps}; continued at steps {recipe.resumed_at(workdir)}")
+    assert recipe.resumed_at(workdir), recipe.printed(workdir)
     assert trained.leaves == undisturbed.leaves
     assert trained.data == undisturbed.data
     assert trained.metrics == undisturbed.metrics
@@ -81,7 +91,7 @@ def assert_kills_leave_no_trace(recipe: Recipe, undisturbed: Trained, workdir: P
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_time_loses_one_interval_at_most(tmp_path: Path, kills: int) -> None:
     """Every second kill falls into a save. What is being saved at a kill is lost, and never what was saved before."""
-    every = 10
+    every = 10 if kills < 10 else 50
     recipe = Recipe.make(tmp_path, 100_000, every)
     workdir, rng = tmp_path / "run", random.Random(kills)
     lost, inside, expected = [], 0, []
@@ -100,9 +110,76 @@ def test_a_run_killed_at_any_time_loses_one_interval_at_most(tmp_path: Path, kil
             expected += [newest] if newest else []
             # Nothing is begun before the save before it is complete.
             assert newest >= max(begun, default=newest) - every and step - newest <= 2 * every
-    assert resumed_at(workdir) == expected
+    assert recipe.resumed_at(workdir) == expected
     assert not list((workdir / STAGE / "checkpoints").glob("quarantine/*"))
     print(
         f"{kills} kills, {inside} inside a save; all continued at the newest complete checkpoint, {expected}"
     )
     print(f"steps lost, with a checkpoint every {every}: {lost}")
+
+
+def refusal(recipe: Recipe, workdir: Path) -> str:
+    """The one line that tells why the run ended; Orbax's threads may still complain after it."""
+    (line,) = [text for text in recipe.printed(workdir).splitlines() if text.startswith("avlm train: ")]
+    return line
+
+
+def assert_full_disk_ends_the_run(recipe: Recipe, workdir: Path, **options) -> None:
+    before = complete_steps(workdir)
+    assert recipe.start(workdir, **options).wait() == [2]
+    told = refusal(recipe, workdir)
+    after = complete_steps(workdir)
+    assert after and after[: len(before)] == before and not (workdir / STAGE / "final").exists()
+    assert (
+        f"avlm train: saving step {after[-1] + SAVE_EVERY} to {workdir / STAGE / 'checkpoints'} failed"
+        in told
+    )
+    assert f"complete steps on disk: {after}; the disk at " in told and "GiB free. Check free space" in told
+
+
+def kill_after_two_checkpoints(recipe: Recipe, workdir: Path) -> None:
+    recipe.kill(workdir, lambda: len(complete_steps(workdir)) >= 2)
+
+
+@pytest.mark.e2e
+def test_a_save_that_does_not_fit_ends_the_run_and_spoils_nothing(
+    recipe: Recipe, undisturbed: Trained, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the full disk: it needs no rights and fails where one would."""
+    workdir, limit = tmp_path / "run", 2**15
+    kill_after_two_checkpoints(recipe, workdir)
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+    assert_full_disk_ends_the_run(recipe, workdir, preexec_fn=limited)
+    assert "File too large" in refusal(recipe, workdir)
+    trained = recipe.finish(workdir)
+    assert (trained.leaves, trained.files) == (undisturbed.leaves, undisturbed.files)
+    assert not begun_steps(workdir)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_and_spoils_nothing(
+    recipe: Recipe, undisturbed: Trained, tmp_path: Path
+) -> None:
+    disk, free = tmp_path / "disk", 2**16
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        workdir = disk / "run"
+        kill_after_two_checkpoints(recipe, workdir)
+        filler = disk / "filler"
+        with filler.open("wb") as file:
+            file.write(bytes(shutil.disk_usage(disk).free - free))
+        assert_full_disk_ends_the_run(recipe, workdir)
+        told = refusal(recipe, workdir)
+        assert "No space left on device" in told and f"the disk at {disk} has" in told
+        filler.unlink()
+        trained = recipe.finish(workdir)
+        assert (trained.leaves, trained.files) == (undisturbed.leaves, undisturbed.files)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

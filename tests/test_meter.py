@@ -139,4 +139,4 @@ def test_memory_is_the_fullest_devices_or_the_processes_own() -> None:
     assert memory_in_use([Device(2), Device(5)]) == {"memory_gib": 5.0, "memory_peak_gib": 6.0}
     held = np.ones(2**26 // 8)
     figures = memory_in_use(jax.local_devices())
-    assert 0.05 < figures["memory_gib"] <= figures["memory_peak_gib"] + 0.01 and held.sum()
+    assert 0.05 < figures["memory_gib"] <= figures["memory_peak_gib"] and held.sum()

@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from avlm_jax.multihost import Launch, Timeouts, find_launch
-from avlm_jax.peers import COMPUTES, READS, SAVES, WAITS, Lateness, Status, find_behind
+from avlm_jax.peers import COMPUTES, READS, SAVES, WAITS, DataWait, Lateness, Status, find_behind
 from input_pipeline.errors import UserError
 
 NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]
@@ -56,6 +56,21 @@ def test_of_two_looks_the_second_says_who_is_behind() -> None:
     assert [(behind.process, behind.alive) for behind in found] == [(1, True), (2, False), (3, False)]
     assert found[0].text == "process 1 (b) is at step 5; it waits for data"
     assert find_behind({0: Status()}, {0: Status(phase=WAITS, beat=1)}, NAMES[:1]) == []
+
+
+def test_data_that_hold_all_up_a_little_each_step_are_told_by_process() -> None:
+    wait = DataWait(NAMES)
+
+    def seen(now: float, *waited: float) -> list[str]:
+        return wait.observe(now, {i: Status(1, 5, READS, waited=w) for i, w in enumerate(waited)})
+
+    assert seen(0, 0, 0, 0) == [] and seen(30, 1, 12, 1) == []
+    (line,) = seen(60, 1.2, 24, 1.2)
+    assert line.startswith(
+        "waiting for data, of the last 60 s: process 1 (b) 40%; half of the processes 2% or"
+    )
+    assert seen(120, 1.2, 25, 1.2) == []  # Since then it was well.
+    assert seen(180, 31, 55, 31) == []  # All wait: it is nobody's own trouble, and in the metrics.
 
 
 def test_a_process_alone_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

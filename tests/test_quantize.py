@@ -375,9 +375,13 @@ def test_the_benchmark_tells_what_int8_costs_of_any_folder() -> None:
 
 @pytest.mark.slow
 def test_a_layer_of_full_width_is_as_near_as_its_kernels() -> None:
-    """Random weights of Qwen2-7B's sizes."""
+    """Random weights of Qwen2-7B's sizes. Measured on 128 tokens: kernels 0.0086, of `down` 0.0095; residual stream 0.0047 in
+    bf16 and 0.0100 in int8; losses within 0.001 nats."""
     found = accuracy("--size", "7b", "--tokens", "64")
-    assert all(0.007 < kernel["error"] < 0.01 for kernel in found["kernels"].values())
+    assert all(0.008 < kernel["error"] < 0.01 for kernel in found["kernels"].values())
+    assert found["bf16"]["residual_difference"] < 0.007 and found["int8"]["residual_difference"] < 0.013
+    assert found["int8"]["logits_difference"] < 0.013
+    assert abs(found["int8"]["loss"] - found["int8"]["loss_exact"]) < 0.005
 
 
 # Training over it

@@ -232,7 +232,8 @@ def test_constraints_leave_out_what_does_not_divide() -> None:
 def test_one_device_batch_keeps_its_values() -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     batch = {"tokens": np.arange(6, dtype=np.int32).reshape(2, 3), "mask": np.ones((2,), np.bool_)}
-    placed = sharding.put_batch(batch, mesh)
+    with jax.transfer_guard("disallow"):  # As in the loop.
+        placed = sharding.put_batch(batch, mesh)
     for name, value in batch.items():
         assert placed[name].dtype == value.dtype
         np.testing.assert_array_equal(placed[name], value)
@@ -277,7 +278,9 @@ for sizes in ((8, 1, 1), (2, 4, 1), (2, 2, 2)):
     state = start(mesh)
     kernel = state.trainable["head"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (16 // sizes[1], 32 // sizes[2])
-    placed = sharding.put_batch(batch, mesh)
+    with jax.transfer_guard("disallow"):
+        placed = sharding.put_batch(batch, mesh)
+    np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
     assert placed["tokens"].addressable_shards[0].data.shape == (8 // (sizes[0] * sizes[1]), 6)
     state, loss = jax.jit(step)(state, placed, 0.1)
     # fp32: the devices' partial sums are added in another order.

@@ -56,6 +56,7 @@ def batch() -> dict[str, np.ndarray]:
     return {
         "tokens": rng.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32),
         "loss_mask": targets & (np.arange(LENGTH) > 0),
+        "segment_ids": (np.arange(LENGTH) < LENGTH - np.arange(ROWS)[:, None]).astype(np.int32),
         "duration": rng.uniform(1, 2, ROWS).astype(np.float32),
     }
 
@@ -93,6 +94,7 @@ def test_micro_batches_make_the_same_step(
     whole, expected = step(new_state(trees), trees[1], [batch], 0.01)
     found, metrics = step(new_state(trees), trees[1], in_parts(batch, count), 0.01, count)
     assert float(metrics["targets"]) == batch["loss_mask"].sum() and int(found.step) == 1
+    assert float(metrics["tokens"]) == batch["segment_ids"].sum() == ROWS * LENGTH - sum(range(ROWS))
     # fp32: sums are taken in another order; the loss is the mean over all targets, not a mean of means.
     for name in ("loss", "accuracy", "grad_norm"):
         np.testing.assert_allclose(metrics[name], expected[name], rtol=2e-6, err_msg=name)

@@ -26,7 +26,9 @@ from avlm_jax.generate import load_model
 from avlm_jax.lineage import load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
 from avlm_jax.meter import TIMED
+from avlm_jax.run_record import RUNS_FILE
 from avlm_jax.state import flatten, unflatten
+from avlm_jax.training_plot import PLOT_FILE
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
 from avlm_jax.writer import METRICS_FILE, read_metrics
 from input_pipeline.conversation import load_tokenizer
@@ -367,15 +369,22 @@ def test_a_run_stopped_by_an_error_continues_as_if_undisturbed(
 
     workdir = run.workdir_with_first_stage(tmp_path)
     at_step(2 * SAVE_EVERY + 3, stop)
-    assert cli.main(run.command(workdir)) == cli.EXIT_INTERRUPTED
+    # A trace of its last steps is wanted; what is watched does not change what a stage is, so it goes on without.
+    watch = f"watch.profile_start={2 * SAVE_EVERY + 2}"
+    assert cli.main(run.command(workdir, watch)) == cli.EXIT_INTERRUPTED
     assert saved_steps(workdir) == [SAVE_EVERY, 2 * SAVE_EVERY]
     assert not (workdir / "2b" / "final").exists()
+    assert list((workdir / "2b" / "profile").rglob("*.xplane.pb"))
     # Half a stage is not continued at another rate, also where no finished stage is looked at.
     assert cli.main(run.command(workdir, "stages=2b", "stage.2b.optim.lr=0.5")) == 2
     assert "stage.2b.optim.lr: 0.01 there, 0.5 now" in capsys.readouterr().err
     assert cli.main(run.command(workdir)) == 0
     assert f"stage 2b: continues at step {2 * SAVE_EVERY} of {STEPS['2b']}" in capsys.readouterr().out
     run.assert_ended_alike(workdir)
+    starts = [json.loads(line) for line in (workdir / "2b" / RUNS_FILE).read_text().splitlines()]
+    assert [line["start"] for line in starts] == [0, 2 * SAVE_EVERY]
+    assert [line["config"]["watch"]["profile_start"] for line in starts] == [2 * SAVE_EVERY + 2, 0]
+    assert (workdir / "2b" / PLOT_FILE).stat().st_size > 10_000
 
 
 def test_of_many_samples_of_a_broken_step_some_are_named(
@@ -391,16 +400,11 @@ def test_of_many_samples_of_a_broken_step_some_are_named(
 def test_processes_must_train_on_the_same(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gathered(digest: np.ndarray) -> np.ndarray:
-        return np.stack([digest, digest, digest ^ 1, digest])
-
-    monkeypatch.setattr(lineage.jax, "process_count", lambda: 4)
-    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", gathered)
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told, told, told.replace("0", "1"), told])
     with pytest.raises(UserError, match="stage 1a: processes 2 would train on other data than process 0"):
         lineage.check_same_plan("1a", {"seed": 0})
-    assert lineage.differing(gathered(np.arange(3, dtype=np.uint8))) == [2]
     plans: list[dict] = []
-    monkeypatch.setattr(lineage.multihost_utils, "process_allgather", lambda digest: np.stack([digest] * 4))
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told] * 4)
     lineage.check_same_plan("1a", {"seed": 0})
     monkeypatch.undo()
 
@@ -413,6 +417,17 @@ def test_processes_must_train_on_the_same(
     (plan,) = plans
     assert (plan["stage"], plan["steps"], plan["batch_size"]) == ("1a", STEPS["1a"], BATCH)
     assert len(plan["fingerprint"]) == 32
+
+
+def test_processes_must_see_the_same_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not lineage.exists_for_all(tmp_path / "final")
+    (tmp_path / "final").mkdir()
+    assert lineage.exists_for_all(tmp_path / "final")
+    monkeypatch.setattr(lineage, "gather", lambda name, told: [told, str(False), told])
+    with pytest.raises(
+        UserError, match="final is there for processes 0, 2 and not for the others; --workdir"
+    ):
+        lineage.exists_for_all(tmp_path / "final")
 
 
 def test_rows_can_be_packed_and_batches_be_of_one_length(

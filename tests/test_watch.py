@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
@@ -120,6 +121,19 @@ def test_the_commit_is_told_and_whether_the_code_differs_from_it(tmp_path: Path)
     # An environment that lies inside of somebody's repository is not of that repository.
     (tmp_path / "site-packages").mkdir()
     assert git_state(tmp_path / "site-packages") is None
+
+
+def test_an_archive_knows_its_commit(tmp_path: Path) -> None:
+    """As the launch scripts ship the code: the machines get no repository."""
+    archive, git = tmp_path / "code.tar", ["git", "-C", str(run_record.ROOT)]
+    subprocess.run([*git, "archive", "--prefix=code/", f"--output={archive}", "HEAD"], check=True)
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    head = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert git_state(tmp_path / "code") == {"commit": head, "dirty": False}
+    assert git_state(run_record.ROOT)["commit"] == head  # The checkout's own file holds no commit.
 
 
 def test_no_git_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,8 @@ class PositionedAttention(nn.Module):
         ):  # For pictures of what a query looks at: mean over heads.
             logits = jnp.einsum("bmhd,bkhd->bhmk", split(q), split(k)).astype(jnp.float32) * scale
             allowed = mask.matrix(*logits.shape[2:])
-            self.sow("intermediates", "weights", jax.nn.softmax(jnp.where(allowed, logits, MASKED)).mean(1))
+            logits = logits if allowed is None else jnp.where(allowed, logits, MASKED)
+            self.sow("intermediates", "weights", jax.nn.softmax(logits).mean(1))
         y = attention(split(q), split(k), split(v), mask=mask, scale=scale, backend=c.backend).reshape(
             x.shape
         )

@@ -4,12 +4,14 @@ frames or windows is encoded at a time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 
 def encode_frozen(
@@ -50,3 +52,21 @@ def encode_frozen(
     _, features = scan(module, (), tuple(map(by_step, inputs)))
     features = jnp.moveaxis(features, 0, 1)
     return features.reshape(features.shape[0], steps * chunk, *features.shape[3:])[:, :n]
+
+
+def encode_present(
+    module: nn.Module,
+    mask: Bool[Array, "b n"],
+    *inputs: Shaped[Array, "b n ..."],
+    encode: Callable[..., Array],
+    chunk: int = 0,
+) -> Float[Array, "b n k d"]:
+    """`encode_frozen`, or zeros in its place without any computation if the whole batch lacks the modality.
+
+    Stage 1a shows no sound and its encoder is a third of a step; masks keep the zeros from being read as silence.
+    """
+    run = functools.partial(encode_frozen, encode=encode, chunk=chunk)
+    if module.is_initializing():
+        return run(module, *inputs)
+    shape = jax.eval_shape(lambda *x: run(module, *x), *inputs)
+    return nn.cond(jnp.any(mask), run, lambda *_: jnp.zeros(shape.shape, shape.dtype), module, *inputs)

@@ -3,7 +3,7 @@
 Bytes per token and layer, bf16, beside the block's weights; h query heads, hk key/value heads of d channels, width w. In
 brackets Qwen2-7B's (h 28, hk 4, d 128, w 3584).
 
-    none     everything: some 20 w + 6 mlp_dim [180 kB], the reference attention's logits not counted
+    none     everything [351 kB; 474 kB with LoRA of rank 128 and dropout; the reference attention's logits come on top]
     full     the block's input, 2 w [7 kB]; the block is computed again
     minimal  the same, queries, keys and values behind the rotation, 2 (h + 2 hk) d [9 kB], and, with splash, what the
              kernel needs, (2 d + 4) h [7 kB]: neither projections nor kernel run again. cuDNN's kernel and the reference

@@ -6,11 +6,7 @@ Composition only. Parameter paths: vision/..., audio/..., connector/{visual_mlp,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, UInt8
@@ -22,7 +18,7 @@ from avlm_jax.connectors import avts as avts_lib
 from avlm_jax.connectors.avts import AvtsConfig, Perceptron, Resampler, Tokens
 from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_tokens
 from avlm_jax.encoders.beats import BeatsConfig, BeatsEncoder, token_mask
-from avlm_jax.encoders.frozen import encode_frozen
+from avlm_jax.encoders.frozen import encode_present
 from avlm_jax.encoders.siglip import SiglipConfig, SiglipEncoder
 from avlm_jax.flops import Segment
 from avlm_jax.layers.fbank import beats_normalize, kaldi_fbank
@@ -163,14 +159,14 @@ class SaveNVideo(System):
         if "frame_features" in batch:
             frames = batch["frame_features"].astype(self.vision_config.dtype)
         else:
-            encode = partial(encode_frozen, encode=SaveNVideo.encode_frames, chunk=self.vision_config.chunk)
-            frames = self._where_any(batch["frame_mask"], encode, batch["frames"])
+            how = {"encode": SaveNVideo.encode_frames, "chunk": self.vision_config.chunk}
+            frames = encode_present(self, batch["frame_mask"], batch["frames"], **how)
         if "audio_features" in batch:
             windows = batch["audio_features"].astype(self.audio_config.dtype)
         else:
-            encode = partial(encode_frozen, encode=SaveNVideo.encode_audio, chunk=self.audio_config.chunk)
+            how = {"encode": SaveNVideo.encode_audio, "chunk": self.audio_config.chunk}
             audio, spans, mask = batch["audio"], batch["audio_spans"], batch["audio_mask"]
-            windows = self._where_any(mask, encode, audio, spans, mask)
+            windows = encode_present(self, mask, audio, spans, mask, **how)
         return constrain(frames, "batch"), constrain(windows, "batch")
 
     def encode_frames(self, frames: UInt8[Array, "n h w 3"]) -> Float[Array, "n p d"]:
@@ -183,18 +179,6 @@ class SaveNVideo(System):
         audio = jnp.where(jnp.arange(audio.shape[-1])[None] < samples[:, None], audio, 0.0)
         fbank = beats_normalize(kaldi_fbank(audio))
         return self.audio(fbank, valid_fbank_frames(samples, fbank.shape[1]))[0]
-
-    def _where_any(self, mask: Array, encode: Callable[..., Any], *inputs: Array) -> Any:
-        """encode(self, *inputs), or zeros in its place without any computation if the whole batch lacks the modality.
-
-        Stage 1a shows no sound and its encoder is a third of a step; masks keep the zeros from being read as silence.
-        """
-        if self.is_initializing():
-            return encode(self, *inputs)
-        empty = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda *x: encode(self, *x), *inputs)
-        )
-        return nn.cond(jnp.any(mask), encode, lambda model, *_: empty, self, *inputs)
 
     def visual_tokens(self, features: Float[Array, "b t p d"], batch: dict[str, Array]) -> Tokens:
         """SigLIP's patch features of all frames, pooled; every patch carries its frame's time."""

@@ -11,6 +11,7 @@ import pytest
 
 from avlm_jax.connectors.avts import AvtsConfig, PositionedAttention, Resampler, Tokens, half_grid, share_of
 from avlm_jax.connectors.time import TemporalLinearProjection, TimeConfig, time_tokens
+from avlm_jax.layers.mask import AttentionMask
 
 B, FRAMES, PATCHES, STEPS, WIDTH = 2, 4, 9, 8, 16
 
@@ -86,7 +87,7 @@ def test_plain_attention_is_the_papers_equation():
     x = jax.random.normal(jax.random.key(1), (1, 5, WIDTH))
     zero = jnp.zeros((1, 1, WIDTH))
     module = PositionedAttention(config, WIDTH)
-    out = module.apply({}, q, zero, x, zero, jnp.ones((1, 3, 5), bool))
+    out = module.apply({}, q, zero, x, zero, AttentionMask())
     scores = np.asarray(q[0] @ x[0].T, np.float64)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ np.asarray(x[0], np.float64)
@@ -100,7 +101,7 @@ def test_positions_enter_keys_but_not_values(kinds):
     x = jax.random.normal(jax.random.key(0), (1, 2, WIDTH))
     keys = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 1, WIDTH)), (1, 6, WIDTH))
     pos = jax.random.normal(jax.random.key(2), (1, 6, WIDTH))
-    mask = jnp.ones((1, 2, 6), bool)
+    mask = AttentionMask()
     params = module.init(jax.random.key(3), x, jnp.zeros((1, 2, WIDTH)), keys, pos, mask)
     out = module.apply(params, x, jnp.zeros((1, 2, WIDTH)), keys, pos, mask)
     other = module.apply(params, x, jnp.zeros((1, 2, WIDTH)), keys, -3 * pos, mask)

@@ -78,3 +78,17 @@ def test_louder_by_two_is_log_four_more():
 def test_normalisation_has_the_factor_two():
     x = jnp.asarray([15.41663, 15.41663 + 6.55582])
     np.testing.assert_allclose(fbank.beats_normalize(x), [0.0, 0.5], atol=1e-6)
+
+
+def test_the_tpu_form_of_the_spectrum_is_as_exact_as_the_fast_transform():
+    rng = np.random.default_rng(3)
+    frames = rng.standard_normal((2, 7, 400)) * 3000
+    expected = np.abs(np.fft.rfft(frames, 512)) ** 2
+    loudest = expected.max(axis=-1, keepdims=True)
+    inputs = jnp.asarray(frames, jnp.float32)
+    for form in (fbank._power_by_product, fbank._power_by_fft):
+        # fp32 sums of 400 products: the error is relative to the loudest bin, in both forms.
+        np.testing.assert_array_less(np.abs(form(inputs) - expected) / loudest, 3e-6)
+    lowered = jax.jit(fbank.kaldi_fbank).trace(jnp.zeros(4000)).lower(lowering_platforms=("tpu",))
+    assert "fft" not in lowered.as_text()
+    assert "fft" in jax.jit(fbank.kaldi_fbank).lower(jnp.zeros(4000)).as_text()

@@ -29,7 +29,7 @@ from avlm_jax.aot.traffic import hbm_bytes
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.models.api import System, build_system
-from avlm_jax.sharding import make_mesh
+from avlm_jax.sharding import check_heads, make_mesh
 from avlm_jax.state import Tree
 from avlm_jax.step import StepInputs, abstract_inputs, count_micro_batches, make_step
 from avlm_jax.train import StageConfig
@@ -166,6 +166,7 @@ def prepare(
     sizes = {**config.mesh.to_dict(), **(mesh or {})}
     try:
         placed = make_mesh(**sizes, devices=topology.devices)
+        check_heads(system.heads, placed)
         rows = stage.rows_per_device if rows is None else rows
         micro_batches = count_micro_batches(stage.batch_size, rows, placed)
     except ValueError as error:

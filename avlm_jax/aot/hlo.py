@@ -72,6 +72,8 @@ class Instruction:
         )
 
 
+_COPIES = ("copy", "bitcast", "copy-start", "copy-done")
+
 Computation = dict[str, Instruction]
 
 
@@ -172,6 +174,14 @@ def _item(computation: Computation, name: str, place: int) -> str:
     return made.operands[place]
 
 
+def _origin(computation: Computation, name: str) -> Instruction | None:
+    """What an instruction is a copy of."""
+    made = computation.get(name)
+    while made is not None and made.opcode in _COPIES and made.operands:
+        made = computation.get(made.operands[0])
+    return made
+
+
 def _constant(computation: Computation, name: str) -> int | None:
     """The whole number that an instruction is a copy of."""
     made = computation.get(name)
@@ -186,13 +196,11 @@ def _constant(computation: Computation, name: str) -> int | None:
 
 def _step(body: Computation, place: int) -> int | None:
     """What a loop's body adds to its counter, the item at `place` of its tuple."""
-    made = body.get(_item(body, _root(body).name, place))
-    while made is not None and made.opcode in ("copy", "bitcast") and made.operands:
-        made = body.get(made.operands[0])
+    made = _origin(body, _item(body, _root(body).name, place))
     if made is None or made.opcode != "add":
         return None
     constants = [_constant(body, name) for name in made.operands]
-    taken = [_element(body.get(name)) for name in made.operands]
+    taken = [_element(_origin(body, name)) for name in made.operands]
     return next((number for number in constants if number is not None), None) if place in taken else None
 
 
@@ -216,7 +224,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 current = computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # A line "}}, ..." ends an attribute of a kernel, which runs over several.
             current = None
         elif found := _LINE.match(line):
             instruction = _instruction(found[2], found[3], bool(found[1]))
@@ -287,21 +295,28 @@ class Collective:
 
 
 def collectives(module: Module, devices: int) -> list[Collective]:
-    """Every collective that a step runs, in the order of the text; an asynchronous one counts where it starts.
+    """Every collective that a step runs, in the order of the text.
+
+    An asynchronous one counts once. libtpu spreads it over several fused kernels, which begin, advance and end it and all
+    show it whole, under one channel; those that advance it may stand in a loop, that which begins it does not.
 
     Args:
         module: from `parse`.
         devices: of the mesh; instructions without groups join them all.
     """
-    found = []
+    found: dict[str, Collective] = {}
     for name, times in module.runs.items():
         for instruction in module.computations[name].values():
             for inner in (instruction, *(module.within(instruction) if _wraps(instruction) else ())):
                 kind = inner.opcode.removesuffix("-start")
-                if kind in COLLECTIVES and not inner.opcode.endswith("-done"):
+                if kind not in COLLECTIVES:
+                    continue
+                channel = re.search(r"channel_id=(\d+)", inner.attributes)
+                key = f"{kind} {channel[1]}" if channel and inner is not instruction else inner.name
+                if key not in found or times < found[key].times:
                     groups = _groups(inner.attributes, devices)
-                    found.append(Collective(kind, times, _payload(inner, kind), groups, inner.name))
-    return found
+                    found[key] = Collective(kind, times, _payload(inner, kind), groups, inner.name)
+    return list(found.values())
 
 
 def count_kernels(module: Module) -> int:

@@ -27,10 +27,6 @@ from avlm_jax.sharding import batch_sharding, param_shardings, replicated, state
 from avlm_jax.state import TrainState, Tree, flatten, merge, split
 from input_pipeline.spec import PIXELS, FeatureShapes, MediaSpec
 
-# On a TPU. Products with fsdp-split parameters wait for the whole parameter, which comes while the product before runs. XLA
-# would else turn each into a ring of partial products, adapters of 100 kB included: 400 permutes in the program of a 7B
-# step in place of 30 gathers, and more than half of the time it takes to compile. The threshold is in MiB.
-TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 # Micro-batches whose programs may wait for the device while the host goes on; each holds its arrays there.
 IN_FLIGHT = 2
 
@@ -181,15 +177,13 @@ def _make_step(
         return state, metrics
 
     if shardings is None:
-        out_add, out_finish, options = None, None, None
+        out_add, out_finish = None, None
     else:
-        device = next(iter(shardings[0][0].device_set))
-        options = TPU_OPTIONS if device.platform == "tpu" else None
         of_state: TrainState = jax.tree.unflatten(shardings[1], shardings[0])
         out_add, out_finish = (of_state.trainable, of_state.step), (of_state, of_state.step)
     return TrainStep(
-        accumulate=jax.jit(add, donate_argnums=2, out_shardings=out_add, compiler_options=options),
-        finish=jax.jit(finish, donate_argnums=0, out_shardings=out_finish, compiler_options=options),
+        accumulate=jax.jit(add, donate_argnums=2, out_shardings=out_add),
+        finish=jax.jit(finish, donate_argnums=0, out_shardings=out_finish),
     )
 
 

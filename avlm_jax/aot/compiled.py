@@ -82,7 +82,7 @@ class Program:
     """A compiled program.
 
     Attributes:
-        name: "finish", or "accumulate".
+        name: "finish", of `avlm_jax.step.TrainStep`.
         runs: per optimizer step.
         arguments, outputs, aliased, temporaries, code: bytes of a device, as XLA says; `aliased` of the outputs lie where
             arguments lay.
@@ -230,13 +230,13 @@ def _media(
 
 
 def compile_step(
-    setup: Setup, *, only_last: bool = False, cache: Path | None = None, progress: Progress = quiet
+    setup: Setup, *, cache: Path | None = None, progress: Progress = quiet
 ) -> list[Program | OutOfMemory]:
-    """The programs of one optimizer step; where one does not fit, it is the last of the list.
+    """`finish`, the larger of a step's two programs: it does all that `accumulate` does, with the same gradients beside it, and
+    updates the parameters on top. It stands for both and counts as often as the step has micro-batches.
 
     Args:
         setup: what.
-        only_last: not `accumulate`, whose needs are within those of `finish`; it counts as often as both.
         cache: a folder in which figures of programs are kept, by their text, slice and compiler; None: none.
         progress: is told what begins.
     """
@@ -248,21 +248,10 @@ def compile_step(
         inputs.state,
     )
     between = (inputs.gradients, inputs.totals) if k > 1 else (None, None)
-    jobs = [("finish", 1, step.finish, (inputs.state, inputs.frozen, *between, inputs.batch, inputs.lr))]
-    if k > 1 and only_last:
-        jobs[0] = ("finish", k, *jobs[0][2:])
-    elif k > 1:
-        arguments = (inputs.state, inputs.frozen, *between, inputs.batch)
-        jobs.append(("accumulate", k - 1, step.accumulate, arguments))
-    results: list[Program | OutOfMemory] = []
-    for name, runs, function, arguments in jobs:
-        what = f"stage {setup.name}, {setup.slice_.name}, {setup.rows} rows a device: compiling {name!r}"
-        with progress(what), jax.set_mesh(setup.mesh), without_cache():
-            lowered = function.lower(*arguments)
-            results.append(_look_up(name, runs, lowered, setup, cache))
-        if isinstance(results[-1], OutOfMemory):
-            break
-    return results
+    what = f"stage {setup.name}, {setup.slice_.name}, {setup.rows} rows a device: compiling"
+    with progress(what), jax.set_mesh(setup.mesh), without_cache():
+        lowered = step.finish.lower(inputs.state, inputs.frozen, *between, inputs.batch, inputs.lr)
+        return [_look_up("finish", k, lowered, setup, cache)]
 
 
 def _look_up(

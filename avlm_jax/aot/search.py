@@ -81,7 +81,7 @@ def search(
             if count > most:
                 break
             setup = prepare(config, name, slice_, mesh=mesh, length=length, rows=count, remat=remat)
-            report = make_report(setup, compile_step(setup, only_last=True, cache=cache, progress=progress))
+            report = make_report(setup, compile_step(setup, cache=cache, progress=progress))
             trials.append(Trial(remat, count, report))
             if not trials[-1].fits:
                 break

@@ -1,7 +1,7 @@
 """The table for the documentation: every stage of a recipe on the slices one would rent for it.
 
-For each stage and slice the largest number of rows a device can take at a time is looked for, by doubling and halving; stages
-whose programs are the same (2a and 2b) are compiled once.
+Rows a device takes at a time are the recipe's (`avlm preflight --search` looks for others); stages whose programs are the same
+(2a and 2b) are compiled once.
 """
 
 from __future__ import annotations
@@ -13,22 +13,15 @@ from ml_collections import ConfigDict
 
 from avlm_jax.aot.compiled import Progress, compile_step, prepare, quiet
 from avlm_jax.aot.report import Report, assumptions, make_report
-from avlm_jax.aot.search import candidates
-from avlm_jax.aot.topologies import Slice, parse_slice
+from avlm_jax.aot.topologies import parse_slice
 from avlm_jax.chips import GIB
 
-SLICES = (
-    *("v5e:2x4", "v5e:4x4", "v5e:8x8", "v5e:16x16"),
-    *("v6e:2x4", "v6e:4x4", "v6e:16x16"),
-    *("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4"),
-)
+SLICES = ("v5e:4x4", "v5e:16x16", "v6e:2x4", "v5p:2x2x4")
 
 # Clips that the SAVEn-Vid paper's stages see, all epochs together. The paper gives no sizes but SAVEn-Vid's; the others are the
 # sets' own: LCS-558K and half a million of Panda-70M's 2M split; AudioSet's train sets 2.06M, AudioCaps 50k, Auto-ACD 1.5M;
 # VideoInstruct100K, VGGSound's 184k training clips, and of InternVid the 147k that VTimeLLM selected; SAVEn-Vid 58k twice.
 SAMPLES = {"1a": 1_058_000, "1b": 3_610_000, "2a": 431_000, "2b": 116_000}
-
-FIRST_ROWS = 4  # Where the search for rows begins on the first slice of a kind.
 
 
 def write_table(
@@ -51,60 +44,15 @@ def write_table(
     """
     reports = []
     for stage in config.stages:
-        first: dict[str, int] = {}
         for name in slices or SLICES:
-            slice_ = parse_slice(name)
-            report = most_rows(
-                config, stage, slice_, first.get(slice_.chip.name, FIRST_ROWS), cache, progress
-            )
-            if report.memory.fits:
-                first[slice_.chip.name] = report.setup.rows
-            reports.append(report)
+            setup = prepare(config, stage, parse_slice(name))
+            reports.append(make_report(setup, compile_step(setup, cache=cache, progress=progress)))
     text = format_table(reports, named)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.rename(file)
     return file
-
-
-def most_rows(
-    config: ConfigDict, stage: str, slice_: Slice, first: int, cache: Path | None, progress: Progress = quiet
-) -> Report:
-    """The report with the most rows a device that fits, looked for from `first` on; that of the fewest rows if none does.
-
-    Raises:
-        ConfigError: see `compiled.prepare`.
-    """
-    rows = candidates(prepare(config, stage, slice_, rows=0).rows)
-    tried: dict[int, Report] = {}
-
-    def attempt(place: int) -> bool:
-        count = rows[place]
-        if count not in tried:
-            setup = prepare(config, stage, slice_, rows=count)
-            tried[count] = make_report(
-                setup, compile_step(setup, only_last=True, cache=cache, progress=progress)
-            )
-        return tried[count].memory.fits
-
-    place = max(index for index, count in enumerate(rows) if count <= first or index == 0)
-    while not attempt(place) and place > 0:
-        place -= 1
-    while place + 1 < len(rows) and tried[rows[place]].memory.fits:
-        if rows[place + 1] in tried or hopeless(tried[rows[place]], rows[place + 1] / rows[place]):
-            break
-        if not attempt(place + 1):
-            break
-        place += 1
-    return tried[rows[place]]
-
-
-def hopeless(report: Report, factor: float) -> bool:
-    """Whether `factor` times the rows cannot fit: at least 0.8 of the temporaries grow with the rows once rows are many."""
-    parts = report.memory.parts
-    growing = 0.8 * parts["temporaries"] + parts["batch"] + parts["waiting"]
-    return report.memory.needed + (factor - 1) * growing > report.memory.limit
 
 
 def format_table(reports: Sequence[Report], named: str) -> str:
@@ -115,8 +63,8 @@ def format_table(reports: Sequence[Report], named: str) -> str:
         f"Written by `make slices`, that is `avlm preflight --config {named} --table launch/SLICES.md`; not by hand. Every",
         "row is the real training step of that stage (encoders, connector, language model, loss, optimizer), compiled ahead of",
         "time for that slice. HBM is what XLA says; seconds are a roofline estimate between full overlap and none, and have",
-        "not been measured. `rows` is how many a device takes at a time, the most that fit; a step's batch is that times the",
-        "devices times the micro-batches. Hours are for the clips that the stage sees in all (below).",
+        "not been measured. `rows` is how many a device takes at a time (config.stage.*.rows_per_device); a step's batch is that",
+        "times the devices times the micro-batches. Hours are for the clips that the stage sees in all (below).",
         "",
     ]
     for stage in dict.fromkeys(report.setup.name for report in reports):

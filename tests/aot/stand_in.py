@@ -25,18 +25,19 @@ def use_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "describe_topology", describe)
 
 
-def compile_step(setup: Setup, *, only_last: bool = False, **_: object) -> list[Program | OutOfMemory]:
+def compile_step(setup: Setup, **_: object) -> list[Program | OutOfMemory]:
     """Temporaries in proportion to rows; more than the chip has is refused as XLA refuses it."""
-    inputs, k = setup.inputs, setup.micro_batches
+    inputs = setup.inputs
     temporaries = PER_ROW[setup.config.model.llm.remat] * setup.rows
     limit = setup.slice_.chip.hbm_bytes
     if temporaries > limit:
         return [OutOfMemory("finish", temporaries, limit, "RESOURCE_EXHAUSTED: so much", 1.0)]
     arguments = bytes_per_device((inputs.state, inputs.frozen, inputs.batch, inputs.gradients))
-    programs = [
+    kept = bytes_per_device(inputs.state)
+    return [
         Program(
-            name=name,
-            runs=runs,
+            name="finish",
+            runs=setup.micro_batches,
             arguments=arguments,
             outputs=kept,
             aliased=kept,
@@ -49,10 +50,4 @@ def compile_step(setup: Setup, *, only_last: bool = False, **_: object) -> list[
             unknown_loops=(),
             seconds=12.0,
         )
-        for name, runs, kept in (
-            ("finish", k if only_last else 1, bytes_per_device(inputs.state)),
-            ("accumulate", k - 1, bytes_per_device(inputs.gradients)),
-        )
-        if runs and not (only_last and name == "accumulate")
     ]
-    return list(programs)

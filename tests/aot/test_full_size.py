@@ -36,7 +36,7 @@ def lora_on_v5e_8() -> Report:
     """Stage 2a with 4 rows of 2,048 positions a chip, on the smallest slice of v5e that holds it."""
     config = load_config(f"{ROOT}/configs/savenvideo.py:size=7b")
     setup = prepare(config, "2a", parse_slice("v5e:2x4"), rows=4, length=2048)
-    return make_report(setup, compile_step(setup, only_last=True))
+    return make_report(setup, compile_step(setup))
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def run(
     results = []
     for process in started:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             for other in started:
                 other.kill()

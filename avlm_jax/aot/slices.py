@@ -63,8 +63,8 @@ def format_table(reports: Sequence[Report], named: str) -> str:
         f"Written by `make slices`, that is `avlm preflight --config {named} --table launch/SLICES.md`; not by hand. Every",
         "row is the real training step of that stage (encoders, connector, language model, loss, optimizer), compiled ahead of",
         "time for that slice. HBM is what XLA says; seconds are a roofline estimate between full overlap and none, and have",
-        "not been measured. `rows` is how many a device takes at a time (config.stage.*.rows_per_device); a step's batch is that",
-        "times the devices times the micro-batches. Hours are for the clips that the stage sees in all (below).",
+        "not been measured. `rows` is how many a device takes at a time (config.stage.*.rows_per_device); a step's batch is",
+        "that times the devices times the micro-batches. Hours are for the clips that the stage sees in all.",
         "",
     ]
     for stage in dict.fromkeys(report.setup.name for report in reports):

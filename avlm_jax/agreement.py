@@ -13,9 +13,16 @@ from typing import Any
 import jax
 from jax._src import distributed
 
+from avlm_jax.rendezvous import EX_TEMPFAIL
 from input_pipeline.errors import UserError
 
 TIMEOUT = 1200  # Seconds. A process that is gone is noticed by the coordination service long before.
+
+
+class NoAnswer(UserError):
+    """A process did not take part; starting all of them again may help."""
+
+    exit_code = EX_TEMPFAIL
 
 
 class Shared(Exception):
@@ -36,7 +43,7 @@ class Agreement:
         """Every process's message, in order of process; returns when all have sent theirs.
 
         Raises:
-            UserError: a process did not send one within `timeout` seconds; it is named.
+            NoAnswer: a process did not send one within `timeout` seconds; it is named.
         """
         if jax.process_count() == 1:
             return [message]
@@ -47,7 +54,7 @@ class Agreement:
             try:
                 found = client.blocking_key_value_get(f"{self._prefix}/{number}/{process}", timeout * 1000)
             except jax.errors.JaxRuntimeError as error:
-                raise UserError(
+                raise NoAnswer(
                     f"process {process} did not answer within {timeout} s ({self._prefix}, round {number}): {error}"
                 ) from error
             messages.append(found[1:])

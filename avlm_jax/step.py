@@ -189,13 +189,19 @@ def _make_step(
 
 def create_state(trainable: Tree, optim: OptimConfig, seed: int, mesh: Mesh) -> TrainState:
     """A state at step 0; moments lie as their parameters do. The arrays of `trainable` are donated."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(trainable, optim, seed, mesh))
 
     def create(trainable: Tree) -> TrainState:
         return TrainState.create(trainable, make_optimizer(optim), seed)
 
-    placed = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    shardings = state_shardings(jax.eval_shape(create, trainable), mesh, placed)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(trainable)
+
+
+def abstract_state(trainable: Tree, optim: OptimConfig, seed: int, mesh: Mesh) -> TrainState:
+    """What `create_state` would give, without its arrays; `trainable` may be abstract, with shardings."""
+    state = jax.eval_shape(lambda tree: TrainState.create(tree, make_optimizer(optim), seed), trainable)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, trainable)
+    return jax.tree.map(_with_sharding, state, state_shardings(state, mesh, placed))
 
 
 def count_micro_batches(batch_size: int, rows_per_device: int, mesh: Mesh) -> int:
@@ -266,9 +272,7 @@ def abstract_inputs(
     kept = {part: tree for part, tree in params.items() if part not in without}
     trained = flatten(split(kept, trainable)[0])
     mine, others = split(_placed(abstract_frozen(kept, frozen_dtype, trained), mesh), trainable)
-    state = jax.eval_shape(lambda tree: TrainState.create(tree, make_optimizer(optim), 0), mine)
-    placed = state_shardings(state, mesh, jax.tree.map(lambda leaf: leaf.sharding, mine))
-    state = jax.tree.map(_with_sharding, state, placed)
+    state = abstract_state(mine, optim, 0, mesh)
 
     def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))

@@ -63,7 +63,7 @@ from avlm_jax.prefetch import Prefetch
 from avlm_jax.run_record import record_start
 from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
-from avlm_jax.step import TrainStep, count_micro_batches, create_state, make_step
+from avlm_jax.step import TrainStep, abstract_state, count_micro_batches, create_state, make_step
 from avlm_jax.training_plot import save_training_plot
 from avlm_jax.watch import Profiler, WatchConfig
 from avlm_jax.watchdog import Watchdog
@@ -212,9 +212,8 @@ def run_stage(
     for part, report in reports.items():
         say(f"{part}: {report}")
 
-    state = create_state(trainable, stage.optim, config.seed, mesh)
-    del trainable  # Its arrays are the state's now.
-    step = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk, state)
+    expected = abstract_state(trainable, stage.optim, config.seed, mesh)
+    step = make_step(assembly.system, dataclasses.replace(stage.optim, lr=0.0), config.loss_chunk, expected)
     metadata = {
         "stage": name,
         "parent": parent_hash,
@@ -225,7 +224,9 @@ def run_stage(
     made_with = json.loads(config_to_json(config))
     with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
         start = 0
-        if (found := checkpointer.restore_latest(state)) is not None:
+        if (found := checkpointer.restore_latest(expected)) is None:
+            state = create_state(trainable, stage.optim, config.seed, mesh)
+        else:
             state, data_state, saved = found
             check_same_config(config, name, saved["config"], workdir / name / "checkpoints")
             check_parent(saved["parent"], parent_hash, stage.parent, workdir / name)
@@ -233,6 +234,7 @@ def run_stage(
             loader.restore(data_state)
             start = int(state.step)
             say(f"stage {name}: continues at step {start} of {total}")
+        del trainable, found  # The one's arrays are the state's by now, or the other's took their place.
         work = Work(
             name, config, stage, mesh, step, micro_batches, start, total, {**metadata, "config": made_with}
         )
@@ -411,7 +413,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "examples:\n"
         "  avlm train --config configs/savenvideo.py:size=demo --workdir runs/mine\n"
-        "  avlm train --config configs/savenvideo.py:size=7b,stage=1b --workdir gs://bucket/run --config.seed=1\n"
+        "  avlm train --config configs/savenvideo.py:size=7b,stage=1b --workdir /mnt/bucket/run --config.seed=1\n"
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_config_arguments(parser)

@@ -71,7 +71,7 @@ slices: $(PREFLIGHT)/.installed  ## the table of TPU slices, launch/SLICES.md; t
 	  --workdir runs/preflight $(ARGS)
 
 $(PREFLIGHT)/.installed: $(DEPENDENCIES)
-	@$(PYTHON) requirements/install.py $(PREFLIGHT) --extra preflight
+	@$(PYTHON) requirements/install.py $(PREFLIGHT) --extra tpu
 	@touch $@
 
 format: $(STAMP)  ## let ruff lay out the code and mend what it can

@@ -59,9 +59,8 @@ CORE = [
 ]
 
 EXTRAS = {
+    # libtpu holds XLA's compiler for TPUs as well, which needs no TPU (`avlm preflight`); JAX pins the release that fits it.
     "tpu": ["jax[tpu]"],
-    # libtpu holds XLA's compiler for TPUs, which needs no TPU; JAX pins the release that fits it.
-    "preflight": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
     # Peers of the parity tests, and what an exported model runs on.
     "torch": ["torch==2.13.0", "kaldi-native-fbank>=1.22,<1.23", "peft>=0.18", "speechbrain>=1.0.3,<2"],

@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the verb; 0 when every question was asked."""
-    timeouts = Timeouts()
+    timeouts = Timeouts.of_overrides(args.config_overrides)
     initialize(timeouts)
     enable_compilation_cache()
     with StopSignal(timeouts.grace):

@@ -67,6 +67,10 @@ def check_parent(begun_from: str | None, parent_hash: str | None, parent: str, f
         )
 
 
+# Last parts of keys of config.model that say how a model is computed, not what it is.
+COMPUTED = ("remat", "backend", "attention_backend", "chunk")
+
+
 def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any], where: Path) -> None:
     """Raises ConfigError naming what differs if what lies in `where` was made by another configuration.
 
@@ -77,14 +81,16 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
     while ancestor and ancestor not in lineage:
         lineage.add(ancestor)
         ancestor = config.stage[ancestor].parent if ancestor in config.stage else ""
-    # Which stages a command runs, what it logs and on which devices it computes do not change what a stage is (but
+    # Which stages a command runs, what it logs, on which devices it computes and how do not change what a stage is (but
     # for the order of sums); where its weights and its tokenizer lie does not either, what they are is compared by hash
     # (`check_weights`).
     free = (
         "stages",
         "log_every",
         "save_every",
+        "save_minutes",
         "max_nonfinite",
+        "loss_chunk",
         "mesh",
         "loader",
         "timeouts",
@@ -97,6 +103,7 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
         first, _, rest = key.partition(".")
         named = any(key == name or key.startswith(f"{name}.") for name in free)
         named |= first == "stage" and rest.endswith(".rows_per_device")
+        named |= first == "model" and rest.rpartition(".")[2] in COMPUTED
         return not named and (first != "stage" or rest.partition(".")[0] in lineage)
 
     keys = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k) and counts(k))
@@ -112,7 +119,7 @@ def check_same_model(
 
     Keys below `but` may differ, and those that change how a model is computed but not what it is.
     """
-    free = ("dtype", "remat", "backend", "attention_backend", "chunk", "dropout")
+    free = ("dtype", "dropout", *COMPUTED)
     ours, theirs = (flatten_json(c["model"]) for c in (json.loads(config_to_json(config)), made_by))
     keys = sorted(
         key

@@ -18,7 +18,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,25 @@ class Timeouts:
     save: float = 900.0
     late: float = 30.0
     grace: float = 20.0
+
+    @classmethod
+    def of_overrides(cls, overrides: Sequence[str]) -> Timeouts:
+        """Those of a command line (`--config.timeouts.ready=60`), for verbs that must find their processes before they
+        have read a configuration.
+
+        Raises:
+            UserError: an unknown one, or no number of seconds.
+        """
+        found = {}
+        for override in overrides:
+            key, _, value = override.removeprefix("--config.").partition("=")
+            if key.startswith("timeouts."):
+                found[key.removeprefix("timeouts.")] = value
+        try:
+            return cls(**{name: float(value) for name, value in found.items()})
+        except (TypeError, ValueError) as error:
+            known = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise UserError(f"--config.timeouts: {error}; known: {known}") from error
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

@@ -2,7 +2,8 @@
 
 It runs on any Linux machine, without a TPU, weights, records or a tokenizer.
 
-Exit code 0: every stage fits; 1: one does not; 2: unusable arguments or configuration.
+Exit code 0: every stage fits; 1: one does not; 2: unusable arguments or configuration. With --table 0 means that the table is
+written; which stages fit stands in it.
 """
 
 from __future__ import annotations
@@ -93,9 +94,11 @@ def run(args: argparse.Namespace) -> int:
     config = config_from_args(args)
     if bool(args.topology) == bool(args.table):
         raise UserError(f"name one of --topology SLICE ({EXAMPLES}) and --table FILE")
-    if args.table and (args.search or args.rows_per_chip is not None or args.slices != 1 or args.mesh):
+    if args.table:
+        _refuse_beside_table(args)
+    if args.rows_per_chip is not None and args.rows_per_chip < 0:
         raise UserError(
-            "--table chooses slices, meshes and rows itself; leave --search, --rows-per-chip, ... away"
+            f"--rows-per-chip is {args.rows_per_chip}; it must be at least 1, or 0 for all rows at once"
         )
     slice_ = parse_slice(args.topology, args.slices) if args.topology else None
     prepare_environment()
@@ -106,6 +109,23 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {path}")
         return 0
     return check_stages(config, args, slice_)
+
+
+def _refuse_beside_table(args: argparse.Namespace) -> None:
+    given = {
+        "--slices": args.slices != 1,
+        "--mesh": bool(args.mesh),
+        "--rows-per-chip": args.rows_per_chip is not None,
+        "--length": args.length is not None,
+        "--samples": bool(args.samples),
+        "--search": args.search,
+        "--json": args.json,
+    }
+    if names := [name for name, is_given in given.items() if is_given]:
+        raise UserError(
+            f"leave {', '.join(names)} away: --table takes its own slices, and meshes, rows and lengths from the "
+            "configuration (--config.stage.2a.rows_per_device=..., --config.mesh.tensor=...)"
+        )
 
 
 def check_stages(config: ConfigDict, args: argparse.Namespace, slice_: Any) -> int:
@@ -134,7 +154,7 @@ def check_stages(config: ConfigDict, args: argparse.Namespace, slice_: Any) -> i
             setup = prepare(config, name, slice_, rows=args.rows_per_chip, **options)
             report = make_report(setup, compile_step(setup, cache=cache, progress=progress))
             fits, entry = fits and report.memory.fits, {}
-        found.append({**report.to_dict(), **entry})
+        found.append({**report.to_dict(args.samples), **entry})
         if not args.json:
             print(format_report(report, args.samples) + "\n", flush=True)
     if args.json:

@@ -34,7 +34,9 @@ FALLBACK_SIZE = 2**20  # Elements; below, the all-gather's latency costs more th
 # layer. A `kernel_scale` (of an int8 kernel) has no line of its own: it lies as its kernel's output dimension does.
 
 # The encoders are frozen and small, and their pictures and windows are many: these are split over all three axes (see
-# `constrain`), and the parameters are fetched layer by layer. So "tensor" is only one more axis to store them along.
+# `constrain`), and the parameters are fetched layer by layer. So "tensor" is only one more axis to store them along. Splash
+# attention alone wants its rows along data x fsdp and its heads along tensor: where tensor > 1, every layer that uses it
+# exchanges queries, keys and values along tensor before it, and its output after it.
 STORED = ("fsdp", "tensor")
 VISION: Rules = (
     (r"vision/layers/(attn/[qkvo]|mlp/fc1)/kernel", P(None, STORED, None)),

@@ -55,7 +55,7 @@ from avlm_jax.lineage import (
 )
 from avlm_jax.meter import Meter, Shape
 from avlm_jax.models.api import System
-from avlm_jax.multihost import Timeouts, initialize, is_first, ready, say
+from avlm_jax.multihost import Timeouts, gather, initialize, is_first, ready, say
 from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
@@ -137,6 +137,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
         PeerError: another process of the run did not come.
         Stopped: by SIGTERM or Ctrl-C; what was learnt is saved.
     """
+    if "://" in str(workdir):
+        raise ConfigError(
+            f"--workdir is {workdir}; training writes to a folder: mount the bucket (launch/README.md says how) and name that"
+        )
     workdir = Path(workdir)
     timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
     assembly = assemble(config)
@@ -248,12 +252,12 @@ def run_stage(
         with writer, profiler, make_meter(assembly.system, work, trained) as meter:
             state = loop(work, state, frozen, loader, checkpointer, writer, meter, profiler, watchdog, stop)
     watchdog.at(PUBLISHES)
-    if first:
-        save_training_plot(workdir / name)
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
     counts = {"steps": total, "skipped": int(state.skipped)}
     save_tree(workdir / name / "final", published, made_with, metadata | counts)
+    if first:
+        save_training_plot(workdir / name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,6 +304,7 @@ def loop(
     console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
     nonfinite = Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
+    saved = time.monotonic()
 
     def report() -> None:
         nonlocal pending
@@ -318,8 +323,19 @@ def loop(
         nonfinite.check(number, values)
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
+    def due(number: int) -> bool:
+        """Whether to save after this step; process 0's clock decides for all."""
+        if number % config.save_every == 0 or number == total:
+            return True
+        if number % config.log_every or not config.save_minutes:
+            return False
+        return gather("save", str(time.monotonic() - saved > 60 * config.save_minutes))[0] == str(True)
+
     def save(number: int) -> None:
-        report()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
+        nonlocal saved
+        saved = time.monotonic()
+        report()
+        writer.sync()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
         watchdog.at(SAVES)
         # One step after the other: the loader itself is ahead of that.
         checkpointer.save(number, state, loader.state(number), work.metadata)
@@ -342,7 +358,7 @@ def loop(
             profiler.started(number, metrics)
             report()
             pending = (number, metrics, lr)
-            if number % config.save_every == 0 or number == total:
+            if due(number):
                 save(number)
     console.close()
     return state

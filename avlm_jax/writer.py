@@ -94,6 +94,16 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(values, step=int(step))
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, or in the bucket that is mounted there."""
+        if self._file is None:
+            return
+        os.fsync(self._file.fileno())
+        self._file.close()  # A mounted bucket takes a file when it is closed.
+        self._file = self._path.open("a", encoding="utf-8")
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
     def close(self, *, failed: bool = False) -> None:
         """Closes the files; W&B shows a run that failed as such."""
         if self._file is not None:

@@ -7,7 +7,7 @@
 Weights are random and drawn on the device, batches lie there beforehand. Each side runs in a process of its own, one after the
 other in turn, so that neither holds the other's memory:
 
-    ours    `step.make_step` as `avlm train` runs it, over all devices
+    ours    `step.make_step` as `avlm train` runs it, over all devices; beside the peer, which knows one, over one
     peer    transformers and PEFT (train_step_peer.py): bf16 autocast over fp32 adapters, gradient checkpointing, SDPA or flash
             attention, full logits, fused AdamW: what the Hugging Face Trainer does with bf16=True; pictures and sound go
             through transformers' SigLIP and the PyTorch modules that `avlm export` ships, also with SDPA
@@ -164,7 +164,8 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     patterns = config.stage["2a"].trainable
     if args.what == "lora":
         system, patterns = text_only(system), ("llm/.*/lora_[ab]",)
-    mesh, optim = make_mesh(data=1, fsdp=-1), OptimConfig()
+    devices = jax.devices()[:1] if args.peer else jax.devices()
+    mesh, optim = make_mesh(data=1, fsdp=-1, devices=devices), OptimConfig()
     with jax.set_mesh(mesh):
         batches = [put_batch(make_batch(spec, seed), mesh) for seed in (0, 1)]
         abstract = jax.eval_shape(lambda batch: init_params(system, batch, 0), batches[0])
@@ -183,7 +184,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
             return float(metrics["loss"])
 
         timed = time_steps(step, spec)
-    device = jax.devices()[0]
+    device = devices[0]
     llm, chip = system.llm_config, find_chip(device.device_kind)
     flops = step_flops(
         system,
@@ -196,7 +197,7 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     return timed | {
         "trained": trained,
         "device": device.device_kind,
-        "devices": jax.device_count(),
+        "devices": mesh.size,
         "peak_flops": chip.peak_flops if chip else None,
         "model_flops": flops.model,
         "hardware_flops": flops.hardware,

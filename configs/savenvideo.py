@@ -179,6 +179,7 @@ def full() -> ConfigDict:
             "max_nonfinite": 5,
             "log_every": 10,
             "save_every": 200,
+            "save_minutes": 10.0,  # Or when so much time has passed, at a step that is logged; 0: never for that.
             "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
@@ -301,7 +302,9 @@ def demo() -> ConfigDict:
         {k: f"{backbones}/{v}" for k, v in (("vision", "siglip"), ("audio", "beats"), ("llm", "qwen2"))}
     )
     config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 160, "system": ""})
-    config.update({"frozen_dtype": "float32", "log_every": 1, "save_every": 50, "loss_chunk": 64})
+    config.update(
+        {"frozen_dtype": "float32", "log_every": 1, "save_every": 50, "save_minutes": 0.0, "loss_chunk": 64}
+    )
     config.mesh.update({"data": -1, "fsdp": 1})
     records = "runs/demo/records/train"
     config.stage = ConfigDict(

@@ -170,3 +170,14 @@ def test_processes_that_would_not_know_of_each_other_are_refused(environment: di
 def test_a_timeout_is_a_number_of_seconds() -> None:
     with pytest.raises(ValueError, match="grace is 0"):
         Timeouts(grace=0)
+
+
+def test_timeouts_of_a_command_line() -> None:
+    found = Timeouts.of_overrides(["--config.timeouts.ready=60", "--config.seed=1"])
+    assert found == Timeouts(ready=60.0)
+    for override, told in (
+        ("timeouts.redy=1", "redy.*known: connect, ready"),
+        ("timeouts.ready=soon", "'soon'"),
+    ):
+        with pytest.raises(UserError, match=told):
+            Timeouts.of_overrides([f"--config.{override}"])

@@ -50,6 +50,14 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     (stage,) = found["stages"]
     assert stage["stage"] == "2a" and stage["hbm"]["needed"] == sum(stage["hbm"]["parts"].values())
     assert stage["seconds"]["fastest"] <= stage["seconds"]["slowest"]
+    assert "hours" not in stage
+
+
+def test_json_tells_the_hours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--topology", "v5e:1x1", "--rows-per-chip", "4", "--json", "--samples", "57600", *FULL) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["samples"] == 57600  # An hour of steps of 16.
+    assert stage["hours"] == pytest.approx([stage["seconds"][name] for name in ("fastest", "slowest")])
 
 
 def test_search(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +88,17 @@ def test_the_table(
     [
         ([], "name one of --topology SLICE"),
         (["--topology", "v5e:1x1", "--table", "x.md"], "name one of --topology SLICE"),
-        (["--table", "x.md", "--search"], "leave --search"),
+        (["--table", "x.md", "--search"], "leave --search away: --table takes its own slices"),
+        (["--table", "x.md", "--length", "200", "--json"], "leave --length, --json away"),
+        (["--table", "x.md", "--samples", "10", "--mesh", "fsdp=2"], "leave --mesh, --samples away"),
+        (
+            ["--table", "x.md", "--slices", "2", "--rows-per-chip", "0"],
+            "leave --slices, --rows-per-chip away",
+        ),
+        (
+            ["--topology", "v5e:1x1", "--rows-per-chip", "-4"],
+            "--rows-per-chip is -4; it must be at least 1, or 0",
+        ),
         (["--topology", "v7"], "cannot read the topology 'v7'"),
         (["--topology", "v5e:1x1", "--rows-per-chip", "3"], "does not divide"),
         (["--topology", "v5e:1x1", "--mesh", "fsdp=4"], "does not fit 1 devices"),
@@ -98,7 +116,7 @@ def test_without_libtpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(verb, "prepare_environment", topologies.prepare_environment)
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
     assert run("--topology", "v5e:1x1") == 2
-    assert "pip install -e '.[preflight]'" in capsys.readouterr().err
+    assert "pip install -e '.[tpu]'" in capsys.readouterr().err
 
 
 def test_a_mesh_is_read() -> None:

@@ -347,13 +347,6 @@ def test_a_trained_language_model_answers_as_before() -> None:
     assert np.sqrt(np.square(off).mean()) < 0.03 * spread
     assert abs(float(int8_loss - loss)) < 0.01 + 0.02 * float(loss)
     assert (np.asarray(hits) != np.asarray(int8_hits)).sum() < 0.01 * targets.sum()
-    print(
-        np.sqrt(np.square(off).mean()) / spread,
-        loss,
-        int8_loss,
-        (np.asarray(hits) != np.asarray(int8_hits)).sum(),
-        targets.sum(),
-    )
 
 
 def accuracy(*arguments: str) -> dict:

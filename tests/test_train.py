@@ -488,6 +488,43 @@ def test_steps_without_a_finite_loss_are_skipped_and_too_many_end_the_run(
     run.assert_ended_alike(workdir)
 
 
+def test_it_also_saves_when_minutes_have_passed(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saves = []
+    save = train.Checkpointer.save
+    monkeypatch.setattr(
+        train.Checkpointer, "save", lambda self, step, *rest: saves.append(step) or save(self, step, *rest)
+    )
+    workdir = run.workdir_with_first_stage(tmp_path)
+    options = ("stages=2b", "stage.2b.steps=6", "save_every=100", "log_every=2", "save_minutes=1e-9")
+    assert cli.main(run.command(workdir, *options)) == 0
+    assert saves == [2, 4, 6]
+
+
+def test_what_does_not_change_a_result_may_be_changed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another slice may need other micro-batches, kernels and recomputation."""
+    free = (
+        "model.llm.remat=full",
+        "model.llm.attention_backend=reference",
+        "model.vision.chunk=2",
+        "loss_chunk=16",
+    )
+    others = ("stage.1a.rows_per_device=1", "mesh.data=1", "save_minutes=1.0", "max_nonfinite=1")
+    assert cli.main(run.command(run.workdir, *free, *others)) == 0
+    assert capsys.readouterr().out.count("finished before") == len(STEPS)
+
+
+def test_a_bucket_is_no_working_directory(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    command = run.command(run.workdir)
+    command[command.index("--workdir") + 1] = "gs://bucket/run"
+    assert cli.main(command) == 2
+    assert (
+        "--workdir is gs://bucket/run; training writes to a folder: mount the bucket"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_skipped_step_is_counted_in_what_is_published(run: Run, tmp_path: Path, at_step: Callable) -> None:
     at_step(2, lambda batch: dict(batch, duration=batch["duration"] * np.float32("nan")))
     assert cli.main(run.command(tmp_path, "stages=1a")) == 0

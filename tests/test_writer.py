@@ -36,6 +36,19 @@ def test_lines_are_there_before_close_and_floats_return_exactly(tmp_path: Path) 
     metrics.close()
 
 
+def test_what_is_synced_has_been_closed_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mounted bucket takes a file when it is closed."""
+    synced = []
+    monkeypatch.setattr(writer.os, "fsync", lambda descriptor: synced.append(descriptor))
+    with MetricsWriter(tmp_path, tensorboard=False) as metrics:
+        for step in (1, 2):
+            before = metrics._file
+            metrics.write_scalars(step, {"loss": loss(step)})
+            metrics.sync()
+            assert before.closed and len(synced) == step
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+
+
 def test_a_killed_and_continued_trace_equals_the_undisturbed_one(tmp_path: Path) -> None:
     run(tmp_path / "undisturbed", 1, 30, None)
     run(tmp_path / "killed", 1, 27, None)

@@ -12,7 +12,9 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,9 +25,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from avlm_jax.aot import hlo
+from avlm_jax.aot import hlo, traffic
 from avlm_jax.aot.topologies import Slice, describe_topology
-from avlm_jax.aot.traffic import hbm_bytes
 from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.models.api import System, build_system
@@ -34,6 +35,8 @@ from avlm_jax.state import Tree
 from avlm_jax.step import StepInputs, abstract_inputs, count_micro_batches, make_step
 from avlm_jax.train import StageConfig
 from input_pipeline.spec import PIXELS, FeatureShapes
+
+logger = logging.getLogger(__name__)
 
 # Called with what begins; holds while that goes on.
 Progress = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -86,7 +89,7 @@ class Program:
         runs: per optimizer step.
         arguments, outputs, aliased, temporaries, code: bytes of a device, as XLA says; `aliased` of the outputs lie where
             arguments lay.
-        peak: XLA's own peak.
+        peak: XLA's own, without what lies in the host's memory (remat offload).
         collectives: of one run.
         traffic: bytes read and written in HBM in one run.
         kernels: calls of hand-written kernels (Pallas) in one run.
@@ -231,13 +234,14 @@ def _media(
 
 def compile_step(
     setup: Setup, *, cache: Path | None = None, progress: Progress = quiet
-) -> list[Program | OutOfMemory]:
+) -> Program | OutOfMemory:
     """`finish`, the larger of a step's two programs: it does all that `accumulate` does, with the same gradients beside it, and
     updates the parameters on top. It stands for both and counts as often as the step has micro-batches.
 
     Args:
         setup: what.
-        cache: a folder in which figures of programs are kept, by their text, slice and compiler; None: none.
+        cache: a folder in which figures of programs are kept, by their text, slice, compiler, its options and the code that
+            reads them; a damaged file is said and made again. None: none.
         progress: is told what begins.
     """
     inputs, k = setup.inputs, setup.micro_batches
@@ -251,7 +255,7 @@ def compile_step(
     what = f"stage {setup.name}, {setup.slice_.name}, {setup.rows} rows a device: compiling"
     with progress(what), jax.set_mesh(setup.mesh), without_cache():
         lowered = step.finish.lower(inputs.state, inputs.frozen, *between, inputs.batch, inputs.lr)
-        return [_look_up("finish", k, lowered, setup, cache)]
+        return _look_up("finish", k, lowered, setup, cache)
 
 
 def _look_up(
@@ -262,18 +266,32 @@ def _look_up(
     mark = hashlib.sha256(f"{setup.slice_.name} {_compiler()} {name}\n".encode())
     mark.update(lowered.as_text().encode())
     file = cache / f"{mark.hexdigest()[:32]}.json"
-    if file.exists():
-        found = read_program(json.loads(file.read_text(encoding="utf-8")))
-    else:
+    found = _read_kept(file) if file.exists() else None
+    if found is None:
         found = _compile(name, lowered, setup.mesh.size)
-        part = file.with_suffix(".part")
+        part = file.with_suffix(f".{os.getpid()}.part")  # Two commands may share a folder.
         part.write_text(json.dumps(write_program(found)), encoding="utf-8")
         part.rename(file)
     return dataclasses.replace(found, runs=runs)
 
 
+def _read_kept(file: Path) -> Program | OutOfMemory | None:
+    """What an earlier command found; None if the file is damaged."""
+    try:
+        return read_program(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning(
+            "%s is damaged (%s: %s); its program is compiled again", file, type(error).__name__, error
+        )
+        return None
+
+
 def _compiler() -> str:
-    return f"jax {jax.__version__} libtpu {importlib.metadata.version('libtpu')}"
+    """All but a program's text that its figures depend on: compiler, its options, and the code that reads what it made."""
+    code = b"".join(Path(module.__file__).read_bytes() for module in (hlo, traffic))
+    options = {name: os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")}
+    versions = f"jax {jax.__version__} libtpu {importlib.metadata.version('libtpu')}"
+    return f"{versions} {options} {hashlib.sha256(code).hexdigest()}"
 
 
 def write_program(program: Program | OutOfMemory) -> dict[str, Any]:
@@ -283,8 +301,9 @@ def write_program(program: Program | OutOfMemory) -> dict[str, Any]:
 
 def read_program(stored: Mapping[str, Any]) -> Program | OutOfMemory:
     """The inverse of `write_program`."""
+    kind = stored["kind"]
     values = {key: value for key, value in stored.items() if key != "kind"}
-    if stored["kind"] == "OutOfMemory":
+    if kind == "OutOfMemory":
         return OutOfMemory(**values)
     collectives = tuple(
         hlo.Collective(**{**item, "groups": tuple(tuple(group) for group in item["groups"])})
@@ -313,9 +332,9 @@ def _compile(name: str, lowered: jax.stages.Lowered, devices: int) -> Program | 
         aliased=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
+        peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,  # XLA's counts both memories.
         collectives=tuple(hlo.collectives(module, devices)),
-        traffic=hbm_bytes(module),
+        traffic=traffic.hbm_bytes(module),
         kernels=hlo.count_kernels(module),
         unknown_loops=tuple(module.unknown_loops),
         seconds=seconds,

@@ -184,11 +184,7 @@ def _origin(computation: Computation, name: str) -> Instruction | None:
 
 def _constant(computation: Computation, name: str) -> int | None:
     """The whole number that an instruction is a copy of."""
-    made = computation.get(name)
-    while (
-        made is not None and made.opcode in ("copy", "bitcast", "copy-done", "copy-start") and made.operands
-    ):
-        made = computation.get(made.operands[0])
+    made = _origin(computation, name)
     if made is None or made.opcode != "constant" or not re.fullmatch(r"-?\d+", made.argument):
         return None
     return int(made.argument)
@@ -315,7 +311,7 @@ def collectives(module: Module, devices: int) -> list[Collective]:
                 key = f"{kind} {channel[1]}" if channel and inner is not instruction else inner.name
                 if key not in found or times < found[key].times:
                     groups = _groups(inner.attributes, devices)
-                    found[key] = Collective(kind, times, _payload(inner, kind), groups, inner.name)
+                    found[key] = Collective(kind, times, _payload(inner, kind, groups), groups, inner.name)
     return list(found.values())
 
 
@@ -336,7 +332,7 @@ def _wraps(instruction: Instruction) -> bool:
     return instruction.opcode in ("fusion", "async-start", "custom-call")
 
 
-def _payload(instruction: Instruction, kind: str) -> int:
+def _payload(instruction: Instruction, kind: str, groups: tuple[tuple[int, ...], ...]) -> int:
     sizes = [shape.bytes for shape in instruction.shapes]
     if (
         instruction.opcode.endswith("-start")
@@ -347,12 +343,7 @@ def _payload(instruction: Instruction, kind: str) -> int:
         operands = len(instruction.operands)
         return sum(sizes[operands : 2 * operands])
     total = sum(sizes)
-    return total * _group_size(instruction.attributes) if kind == "reduce-scatter" else total
-
-
-def _group_size(attributes: str) -> int:
-    groups = _groups(attributes, 1)
-    return max((len(group) for group in groups), default=1)
+    return total * max(map(len, groups)) if kind == "reduce-scatter" else total
 
 
 @functools.lru_cache(maxsize=256)
@@ -372,6 +363,7 @@ def _parse_iota(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """Who talks to whom; `replica_groups={}`, as none at all, means all devices together."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", attributes):
         return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", pairs[1] + "}"))
     if iota := re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes):

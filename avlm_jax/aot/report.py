@@ -19,7 +19,6 @@ from avlm_jax.aot.roofline import (
 )
 from avlm_jax.chips import GIB
 from avlm_jax.flops import Flops, step_flops
-from avlm_jax.llm.decoder import DecoderConfig
 from avlm_jax.state import flatten
 from avlm_jax.step import IN_FLIGHT
 
@@ -32,7 +31,7 @@ class Memory:
         parts: what holds it, see `memory_of`.
         needed: their sum, or what XLA says where the program does not fit.
         limit: what a program may use.
-        unplaced: parts are known but not what the program needs beside them, because XLA refused it.
+        refused: XLA refused the program: parts are known but not what it needs beside them.
     """
 
     parts: Mapping[str, int]
@@ -56,7 +55,7 @@ class Report:
     Attributes:
         setup: what was compiled.
         memory: see there.
-        programs: what XLA made; one that it refused is the last.
+        program: what XLA made, or its refusal.
         flops: of one optimizer step over all devices.
         traffic: collectives of one optimizer step of one device; empty if it does not fit.
         time: None if it does not fit.
@@ -64,7 +63,7 @@ class Report:
 
     setup: Setup
     memory: Memory
-    programs: tuple[Program | OutOfMemory, ...]
+    program: Program | OutOfMemory
     flops: Flops
     traffic: tuple[Traffic, ...]
     time: Roofline | None
@@ -72,13 +71,12 @@ class Report:
     @property
     def donated(self) -> bool | None:
         """Whether the new state lies in the old one's buffers; None if nothing was compiled."""
-        found = [program for program in self.programs if isinstance(program, Program)]
-        return all(program.aliased >= self.kept_bytes(program) for program in found) if found else None
+        return self.program.aliased >= self.state_bytes if isinstance(self.program, Program) else None
 
-    def kept_bytes(self, program: Program) -> int:
-        """Bytes of a program's results that should lie where its arguments lay: the state, or the gradients."""
-        inputs = self.setup.inputs
-        return bytes_per_device(inputs.state if program.name == "finish" else inputs.gradients)
+    @property
+    def state_bytes(self) -> int:
+        """Of one device's part of the state, which the program returns and should leave where it lay."""
+        return bytes_per_device(self.setup.inputs.state)
 
     @property
     def mfu(self) -> tuple[float, float]:
@@ -110,8 +108,8 @@ class Report:
         steps = samples / self.samples
         return steps * self.time.fastest / 3600, steps * self.time.slowest / 3600
 
-    def to_dict(self) -> dict[str, Any]:
-        """For `--json`: plain numbers, bytes and seconds."""
+    def to_dict(self, samples: float = 0.0) -> dict[str, Any]:
+        """For `--json`: plain numbers, bytes and seconds; `samples`: also the hours that so many take."""
         setup, memory, time = self.setup, self.memory, self.time
         slice_, llm = setup.slice_, setup.config.model.llm
         found: dict[str, Any] = {
@@ -136,7 +134,7 @@ class Report:
                 "headroom": memory.headroom,
                 "parts": dict(memory.parts),
             },
-            "programs": [_program(program) for program in self.programs],
+            "program": _program(self.program),
             "donated": self.donated,
             "collectives": [dataclasses.asdict(item) for item in self.traffic],
             "flops": {
@@ -157,6 +155,8 @@ class Report:
             found["samples_per_second"] = [self.samples / high, self.samples / low]
             tokens = setup.stage.batch_size * setup.length
             found["tokens_per_second"] = [tokens / high, tokens / low]
+            if samples:
+                found |= {"samples": samples, "hours": list(self.hours(samples))}
         return found
 
 
@@ -167,23 +167,21 @@ def _program(program: Program | OutOfMemory) -> dict[str, Any]:
     return found
 
 
-def make_report(setup: Setup, programs: list[Program | OutOfMemory]) -> Report:
+def make_report(setup: Setup, program: Program | OutOfMemory) -> Report:
     """Adds everything up.
 
     Args:
         setup: from `compiled.prepare`.
-        programs: from `compiled.compile_step`.
+        program: from `compiled.compile_step`.
     """
     flops = flops_of(setup)
-    memory = memory_of(setup, programs)
-    found = [program for program in programs if isinstance(program, Program)]
-    if len(found) < len(programs):
-        return Report(setup, memory, tuple(programs), flops, (), None)
-    collectives = [(float(program.runs), item) for program in found for item in program.collectives]
-    traffic = tuple(summarise(collectives, setup.mesh, setup.slice_))
-    moved = sum(program.runs * program.traffic for program in found)
+    memory = memory_of(setup, program)
+    if isinstance(program, OutOfMemory):
+        return Report(setup, memory, program, flops, (), None)
+    traffic = tuple(summarise(program.collectives, program.runs, setup.mesh, setup.slice_))
+    moved = program.runs * program.traffic
     time = roofline(setup.slice_.chip, flops.hardware / setup.slice_.num_devices, moved, traffic)
-    return Report(setup, memory, tuple(programs), flops, traffic, time)
+    return Report(setup, memory, program, flops, traffic, time)
 
 
 def flops_of(setup: Setup) -> Flops:
@@ -201,7 +199,7 @@ def flops_of(setup: Setup) -> Flops:
     )
 
 
-def memory_of(setup: Setup, programs: list[Program | OutOfMemory]) -> Memory:
+def memory_of(setup: Setup, program: Program | OutOfMemory) -> Memory:
     """HBM of one device by what holds it, at the worst moment of a step.
 
     "waiting" are batches that the loop has placed ahead; "padding" is what XLA's tiles add to the arguments; "temporaries" are
@@ -218,22 +216,14 @@ def memory_of(setup: Setup, programs: list[Program | OutOfMemory]) -> Memory:
         "waiting": batch * (setup.config.loader.prefetch + IN_FLIGHT - 1),
     }
     limit = setup.slice_.chip.hbm_bytes
-    refused = next((program for program in programs if isinstance(program, OutOfMemory)), None)
-    if refused is not None:
+    if isinstance(program, OutOfMemory):
         return Memory(
-            parts, max(refused.used, limit + 1) + parts["waiting"], refused.limit or limit, refused=True
+            parts, max(program.used, limit + 1) + parts["waiting"], program.limit or limit, refused=True
         )
     known = sum(parts.values()) - parts["waiting"]
-    finish = next(program for program in programs if program.name == "finish")
-    assert isinstance(finish, Program)
-    parts["padding"] = max(0, finish.arguments - known)
-    # `accumulate` leaves the moments alone, but they are there: its needs come on top of the same arguments.
-    parts["temporaries"] = max(
-        program.temporaries + max(0, program.outputs - program.aliased)
-        for program in programs
-        if isinstance(program, Program)
-    )
-    parts["program"] = sum(program.code for program in programs if isinstance(program, Program))
+    parts["padding"] = max(0, program.arguments - known)
+    parts["temporaries"] = program.temporaries + max(0, program.outputs - program.aliased)
+    parts["program"] = program.code
     return Memory(parts, sum(parts.values()), limit)
 
 
@@ -241,7 +231,6 @@ def assumptions(report: Report) -> list[str]:
     """What the estimate rests on, a sentence each."""
     setup = report.setup
     chip = setup.slice_.chip
-    llm: DecoderConfig = setup.assembly.system.llm_config
     told = [
         f"compute: {chip.name} attains {ATTAINED_FLOPS[chip.name]:.0%} of its {chip.peak_flops / 1e12:.0f} TFLOP/s (bf16), "
         "MaxText's published MFU on it",
@@ -250,19 +239,18 @@ def assumptions(report: Report) -> list[str]:
         f"{chip.dcn_bandwidth / 1e9:.1f} GB/s for each host's network (DCN)",
         "fastest: compute, memory and links overlap wholly; slowest: links wait and are waited for",
         "both branches of a conditional are counted as run; loading data, logging and checkpoints take no time",
+        "transfers to the host's memory (remat offload) take no time",
+        "FLOPs: matrix products only; norms, softmax, dropout and the optimizer are not counted",
     ]
     if setup.video == "none" or setup.audio == "none":
         told.append(
             f"FLOPs: no source of stage {setup.name} has {'video' if setup.video == 'none' else 'audio'}, so its encoder does "
             "not run; its memory is counted"
         )
-    if llm.lora.rank and llm.lora.dropout:
-        told.append("FLOPs: matrix products only; norms, softmax, dropout and the optimizer are not counted")
-    unknown = [
-        name for program in report.programs if isinstance(program, Program) for name in program.unknown_loops
-    ]
-    if unknown:
-        told.append(f"{len(unknown)} loops have no known trip count; their bodies are counted once")
+    if isinstance(report.program, Program) and (unknown := report.program.unknown_loops):
+        told.append(
+            f"loops without a known trip count, whose bodies are counted once: {len(unknown)} ({', '.join(unknown)})"
+        )
     return told
 
 
@@ -284,7 +272,7 @@ def format_report(report: Report, samples: float = 0.0) -> str:
 
 
 def _memory_lines(report: Report) -> list[str]:
-    memory = report.memory
+    memory, program = report.memory, report.program
     lines = ["HBM of one device, GiB"]
     lines += [f"  {name:<12} {size / GIB:>8.3f}" for name, size in memory.parts.items()]
     lines += [f"  {'needed':<12} {memory.needed / GIB:>8.3f}", f"  {'limit':<12} {memory.limit / GIB:>8.3f}"]
@@ -293,18 +281,19 @@ def _memory_lines(report: Report) -> list[str]:
         if memory.fits
         else f"DOES NOT FIT: {-memory.headroom / GIB:.2f} GiB too much"
     )
-    for program in report.programs:
-        if isinstance(program, OutOfMemory):
-            lines += [f"XLA refused {program.name}:", *(f"  {line}" for line in program.message.splitlines())]
-            continue
-        kept = report.kept_bytes(program)
-        lines.append(
-            f"{program.name}: {program.runs} a step, compiled in {program.seconds:.0f} s; XLA: arguments "
-            f"{program.arguments / GIB:.2f}, temporaries {program.temporaries / GIB:.2f}, peak {program.peak / GIB:.2f} GiB; "
-            f"{program.aliased / GIB:.3f} of {kept / GIB:.3f} GiB of state updated in place"
-            f"{'' if program.aliased >= kept else ' (NOT all of it)'}; {program.kernels} kernel calls"
-        )
-    return lines
+    if isinstance(program, OutOfMemory):
+        return [
+            *lines,
+            f"XLA refused {program.name}:",
+            *(f"  {line}" for line in program.message.splitlines()),
+        ]
+    return [
+        *lines,
+        f"{program.name}: {program.runs} a step, compiled in {program.seconds:.0f} s; XLA: arguments "
+        f"{program.arguments / GIB:.2f}, temporaries {program.temporaries / GIB:.2f}, peak {program.peak / GIB:.2f} GiB; "
+        f"{program.aliased / GIB:.3f} of {report.state_bytes / GIB:.3f} GiB of state updated in place"
+        f"{'' if report.donated else ' (NOT all of it)'}; {program.kernels} kernel calls",
+    ]
 
 
 def _time_lines(report: Report, samples: float) -> list[str]:

@@ -86,19 +86,20 @@ def roofline(chip: Chip, flops: float, hbm_bytes: float, traffic: Sequence[Traff
     )
 
 
-def summarise(collectives: Sequence[tuple[float, Collective]], mesh: Any, slice_: Slice) -> list[Traffic]:
+def summarise(collectives: Sequence[Collective], runs: int, mesh: Any, slice_: Slice) -> list[Traffic]:
     """Gathers collectives by kind, axes and link, the most seconds first.
 
     Args:
-        collectives: (runs of its program per step, collective).
+        collectives: of a program.
+        runs: of that program per optimizer step.
         mesh: `jax.sharding.Mesh` of the slice's devices.
         slice_: which slice.
     """
     sums: dict[tuple[str, str, str], list[float]] = {}
-    for programs, item in collectives:
+    for item in collectives:
         axes = axes_of(item, mesh)
         link, seconds = link_seconds(item, mesh, slice_)
-        times = programs * item.times
+        times = runs * item.times
         entry = sums.setdefault((item.kind, axes, link), [0.0, 0.0, 0.0])
         for index, value in enumerate((times, times * item.wire_bytes, times * seconds)):
             entry[index] += value

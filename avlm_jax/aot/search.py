@@ -19,7 +19,7 @@ from avlm_jax.aot.report import Report, make_report
 from avlm_jax.aot.topologies import Slice
 from avlm_jax.chips import GIB
 
-POLICIES = ("full", "offload", "minimal", "none")  # From the one that keeps least on the device.
+POLICIES = ("offload", "full", "minimal", "none")  # From the one that keeps least on the device.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +97,16 @@ def candidates(share: int) -> tuple[int, ...]:
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The one whose slowest step is shortest; None if none fits."""
+    """The one whose slowest step is shortest; None if none fits.
+
+    "offload" only where nothing else fits: the estimate lets its transfers to the host and back take no time.
+    """
     fitting = [trial for trial in trials if trial.fits and trial.report.time is not None]
-    return min(fitting, key=lambda trial: trial.report.time.slowest, default=None)  # type: ignore[union-attr]
+    return min(
+        fitting,
+        key=lambda trial: (trial.remat == "offload", trial.report.time.slowest),  # type: ignore[union-attr]
+        default=None,
+    )
 
 
 def format_trials(trials: Sequence[Trial]) -> str:

@@ -1,11 +1,13 @@
 """The table for the documentation: every stage of a recipe on the slices one would rent for it.
 
 Rows a device takes at a time are the recipe's (`avlm preflight --search` looks for others); stages whose programs are the same
-(2a and 2b) are compiled once.
+(2a and 2b) are compiled once, as their figures are kept while the table is made.
 """
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,15 +40,17 @@ def write_table(
         config: of a system; all of config.stages are compiled.
         named: as the command line named it, for the table's heading.
         file: Markdown, replaced.
-        cache: see `compiled.compile_step`.
+        cache: see `compiled.compile_step`; None takes a folder that is deleted at the end.
         progress: is told what goes on.
         slices: names; empty takes SLICES.
     """
     reports = []
-    for stage in config.stages:
-        for name in slices or SLICES:
-            setup = prepare(config, stage, parse_slice(name))
-            reports.append(make_report(setup, compile_step(setup, cache=cache, progress=progress)))
+    with contextlib.ExitStack() as stack:
+        kept = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avlm_preflight_")))
+        for stage in config.stages:
+            for name in slices or SLICES:
+                setup = prepare(config, stage, parse_slice(name))
+                reports.append(make_report(setup, compile_step(setup, cache=kept, progress=progress)))
     text = format_table(reports, named)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
@@ -83,13 +87,10 @@ def format_table(reports: Sequence[Report], named: str) -> str:
             *(_row(report, clips) for report in mine),
             "",
         ]
-    kinds = dict.fromkeys(report.setup.slice_.chip.name for report in reports)
-    lines += ["## Assumptions", ""]
-    for kind in kinds:
-        report = next(item for item in reports if item.setup.slice_.chip.name == kind)
-        lines += [f"- {kind}: {line}" for line in assumptions(report)[:3]]
-    lines += [f"- {line}" for line in assumptions(reports[0])[3:]]
     lines += [
+        "## Assumptions",
+        "",
+        *_assumptions(reports),
         "- clips: "
         + "; ".join(f"{stage} {count:,}" for stage, count in SAMPLES.items())
         + ". The paper names the data sets, "
@@ -98,6 +99,31 @@ def format_table(reports: Sequence[Report], named: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _assumptions(reports: Sequence[Report]) -> list[str]:
+    """All that any report rests on, each once and with the chips or stages it holds for if those are not all."""
+    held: dict[str, list[Report]] = {}
+    for report in reports:
+        for line in assumptions(report):
+            held.setdefault(line, []).append(report)
+    return [f"- {_whose(some, reports)}{line}" for line, some in held.items()]
+
+
+def _whose(some: Sequence[Report], reports: Sequence[Report]) -> str:
+    def chip(report: Report) -> str:
+        return report.setup.slice_.chip.name
+
+    def stage(report: Report) -> str:
+        return f"stage {report.setup.name}"
+
+    if len(some) == len(reports):
+        return ""
+    for of in (chip, stage):
+        names = dict.fromkeys(map(of, some))
+        if sum(of(report) in names for report in reports) == len(some):
+            return f"{', '.join(names)}: "
+    return ", ".join(f"{stage(report)} on {report.setup.slice_.name}" for report in some) + ": "
 
 
 def _row(report: Report, clips: int) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from avlm_jax.chips import Chip, chip_named
 from input_pipeline.errors import UserError
 
-INSTALL = "pip install -e '.[preflight]'"
+INSTALL = "pip install -e '.[tpu]'"
 
 # Read by libtpu and JAX when they are first loaded. Without a TPU, libtpu would otherwise ask a metadata server that is not
 # there, and refuse to be loaded by two processes at a time.
@@ -103,15 +103,6 @@ class Slice:
         if len(self.shape) == 2:
             return tuple(size == 16 for size in self.shape)
         return (all(size % 4 == 0 for size in self.shape),) * 3
-
-    @property
-    def fewest_links(self) -> int:
-        """Links to neighbours of the chip that has the fewest (a corner's): what a collective over the slice waits for."""
-        return sum(
-            (2 if wrap and size > 2 else 1)
-            for size, wrap in zip(self.shape, self.wraps, strict=True)
-            if size > 1
-        )
 
 
 def parse_slice(name: str, count: int = 1) -> Slice:

@@ -54,7 +54,7 @@ class BeatsConfig:
             does, so that the column at the border can be masked for some mel rows only. Use it for parity.
         dtype: of activations and matrix products; norms, position bias and softmax stay fp32.
         backend: of `avlm_jax.layers.attention.attention`. Splash takes no position bias: on a TPU "auto" is the reference.
-        chunk: windows of each row that are encoded at a time while training, 0 = all; see `avlm_jax.encoders.frozen`.
+        chunk: windows of each row that are encoded at a time, 0 = all; see `avlm_jax.encoders.frozen`.
 
     Raises:
         ValueError: sizes that do not divide, or an unknown mask.

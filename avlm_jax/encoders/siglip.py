@@ -48,7 +48,7 @@ class SiglipConfig:
         ln_eps: of every layer norm.
         dtype: of activations and matrix products; norms and softmax stay fp32.
         backend: of `avlm_jax.layers.attention.attention`.
-        chunk: frames of each row that are encoded at a time while training, 0 = all; see `avlm_jax.encoders.frozen`.
+        chunk: frames of each row that are encoded at a time, 0 = all; see `avlm_jax.encoders.frozen`.
 
     Raises:
         ValueError: a size is not positive, width does not divide by num_heads, the image is smaller than a

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -102,23 +104,72 @@ def test_figures_of_programs_are_kept(
 ) -> None:
     setup = prepare(config, "2a", ONE, rows=1)
     made = stand_in.compile_step(setup)
-    assert [program.name for program in made] == ["finish"]
     refused = out_of_memory("finish", "RESOURCE_EXHAUSTED: Used 2G of 1G hbm", 1.0)
-    for program in (*made, refused):
+    for program in (made, refused):
         assert read_program(json.loads(json.dumps(write_program(program)))) == program
 
     calls = []
 
     def fake(name: str, lowered: jax.stages.Lowered, devices: int) -> compiled.Program:
         calls.append(name)
-        return dataclasses.replace(made[0], name=name, runs=1)
+        return dataclasses.replace(made, name=name, runs=1)
 
     monkeypatch.setattr(compiled, "_compile", fake)
     monkeypatch.setattr(compiled, "_compiler", lambda: "a compiler")
     first = compiled.compile_step(setup, cache=tmp_path)
     again = compiled.compile_step(setup, cache=tmp_path)
     assert first == again and calls == ["finish"]
-    assert [program.runs for program in first] == [16]
+    assert (first.name, first.runs) == ("finish", 16)
     # Another shape is another program.
     compiled.compile_step(prepare(config, "2a", ONE, rows=16), cache=tmp_path)
     assert calls == ["finish", "finish"]
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "null", "[]", '{"kind": "Program"}', '{"name": "finish"}'])
+def test_a_damaged_file_is_said_and_made_again(
+    damaged: str,
+    config: ConfigDict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    setup = prepare(config, "2a", ONE, rows=1)
+    made = dataclasses.replace(stand_in.compile_step(setup), runs=1)
+    lowered = SimpleNamespace(as_text=lambda: "a program")
+    monkeypatch.setattr(compiled, "_compile", lambda *_: made)
+    monkeypatch.setattr(compiled, "_compiler", lambda: "a compiler")
+    first = compiled._look_up("finish", 1, lowered, setup, tmp_path)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_text()
+    file.write_text(damaged)
+    with caplog.at_level(logging.WARNING):
+        assert compiled._look_up("finish", 1, lowered, setup, tmp_path) == first
+    assert f"{file} is damaged" in caplog.text
+    assert file.read_text() == whole and list(tmp_path.iterdir()) == [file]
+
+
+def test_options_of_the_compiler_and_what_reads_its_text_are_part_of_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(compiled.importlib.metadata, "version", lambda name: "1")
+    marks = [compiled._compiler()]
+    for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+        monkeypatch.setenv(name, "--xla_something=1")
+        marks.append(compiled._compiler())
+    for name in ("hlo", "traffic"):
+        changed = tmp_path / f"{name}.py"
+        changed.write_text("# other code")
+        monkeypatch.setattr(getattr(compiled, name), "__file__", str(changed))
+        marks.append(compiled._compiler())
+    assert len(set(marks)) == 5
+
+
+def test_the_peak_is_that_of_the_devices_memory() -> None:
+    sizes = ("argument", "output", "alias", "temp", "generated_code")
+    memory = SimpleNamespace(
+        **{f"{name}_size_in_bytes": 1 for name in sizes}, peak_memory_in_bytes=10, host_temp_size_in_bytes=7
+    )
+    text = "ENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
+    program = SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: text)
+    found = compiled._compile("finish", SimpleNamespace(compile=lambda: program), 1)
+    assert (found.peak, found.temporaries) == (3, 1)

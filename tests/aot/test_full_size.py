@@ -1,7 +1,10 @@
 """The 7B step, compiled for a TPU slice on this machine: what it needs, what it sends, what it takes to find out.
 
-collectives.json holds how often which collective runs; a change of the step that alters it is meant or it is a defect.
-After one that is meant: python -m tests.aot.test_full_size
+collectives.json holds, for stages of the recipe on slices, how often which collective runs in a micro-batch; a change of the
+step that alters it is meant or it is a defect. After one that is meant, or for another stage or slice (STAGE@SLICE, else all
+that it has):
+
+    python -m tests.aot.test_full_size 2a@v5e:4x4
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,23 +36,27 @@ pytestmark = [
 ]
 
 
-def lora_on_v5e_8() -> Report:
-    """Stage 2a with 4 rows of 2,048 positions a chip, on the smallest slice of v5e that holds it."""
-    config = load_config(f"{ROOT}/configs/savenvideo.py:size=7b")
-    setup = prepare(config, "2a", parse_slice("v5e:2x4"), rows=4, length=2048)
+def compile_stage(place: str, **options: int) -> Report:
+    """Of the recipe at 7B; `place` is STAGE@SLICE."""
+    stage, name = place.split("@")
+    setup = prepare(load_config(f"{ROOT}/configs/savenvideo.py:size=7b"), stage, parse_slice(name), **options)
     return make_report(setup, compile_step(setup))
+
+
+def compiled_of(report: Report) -> Program:
+    assert isinstance(report.program, Program), report.program
+    return report.program
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return lora_on_v5e_8()
+    """Stage 2a with 4 rows of 2,048 positions a chip, on the smallest slice of v5e that holds it."""
+    return compile_stage("2a@v5e:2x4", rows=4, length=2048)
 
 
 @pytest.fixture(scope="module")
 def program(report: Report) -> Program:
-    (found,) = report.programs
-    assert isinstance(found, Program), found
-    return found
+    return compiled_of(report)
 
 
 def counts(program: Program) -> dict[str, int]:
@@ -65,7 +73,7 @@ def test_it_fits(report: Report) -> None:
 
 
 def test_state_is_updated_in_place(report: Report, program: Program) -> None:
-    assert program.aliased >= report.kept_bytes(program) > 0.5 * GIB
+    assert program.aliased >= report.state_bytes > 0.5 * GIB
     assert report.donated
 
 
@@ -79,17 +87,16 @@ def test_frozen_parameters_are_gathered_a_layer_at_a_time(report: Report, progra
 
 
 def test_attention_is_a_kernel(program: Program) -> None:
-    """Splash in every layer: 28 forward, 28 recomputed, 2 x 28 backward, and the encoders'."""
-    assert program.kernels >= 4 * 28
+    """Splash in each of SigLIP's 26 layers for each of 4 chunks of frames, and in each of the language model's 28 layers
+    forward, forward again when it is recomputed, and backward for queries (dq) and for keys and values (dkv). The connector has
+    some more, so few that none of these could be missing.
+    """
+    missing_one = 28  # The least that goes when one of those kernels is not one.
+    assert 26 * 4 + 4 * 28 <= program.kernels < 26 * 4 + 4 * 28 + missing_one
 
 
 def test_every_loop_is_counted(program: Program) -> None:
     assert program.unknown_loops == ()
-
-
-def test_collectives_are_those_that_are_known(program: Program) -> None:
-    assert GOLDEN.is_file(), f"{GOLDEN} is missing; write it with `{COMMAND}`"
-    assert counts(program) == json.loads(GOLDEN.read_text()), f"if that is meant: `{COMMAND}`"
 
 
 def test_it_compiles_in_minutes_on_two_cores(program: Program) -> None:
@@ -98,8 +105,15 @@ def test_it_compiles_in_minutes_on_two_cores(program: Program) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 12e9
 
 
+@pytest.mark.parametrize("place", json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else [])
+def test_collectives_are_those_that_are_known(place: str) -> None:
+    found = counts(compiled_of(compile_stage(place)))
+    assert found == json.loads(GOLDEN.read_text())[place], f"if that is meant: `{COMMAND} {place}`"
+
+
 if __name__ == "__main__":
-    (compiled,) = lora_on_v5e_8().programs
-    assert isinstance(compiled, Program), compiled
-    GOLDEN.write_text(json.dumps(counts(compiled), indent=2) + "\n")
-    print(f"wrote {GOLDEN}: {counts(compiled)}, compiled in {compiled.seconds:.0f} s")
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
+    for place in sys.argv[1:] or list(golden):
+        golden[place] = counts(compiled_of(compile_stage(place)))
+        GOLDEN.write_text(json.dumps(dict(sorted(golden.items())), indent=2) + "\n")
+        print(f"{place}: {golden[place]}")

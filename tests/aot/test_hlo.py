@@ -57,8 +57,8 @@ def test_counters(start: int, step: int, count: int) -> None:
 
 def test_collectives(module: hlo.Module) -> None:
     every = hlo.collectives(module, 8)
-    assert len(every) == 5
-    found = {item.kind: item for item in every if item.name != "all-gather.91"}
+    assert len(every) == 6
+    found = {item.kind: item for item in every if item.name not in ("all-gather.91", "reduce-scatter.2")}
     gather = found["all-gather"]
     assert (gather.times, gather.payload, gather.group_size) == (4.0, 512 * 32 * 2, 8)
     assert gather.wire_bytes == 512 * 32 * 2 * 7 / 8
@@ -76,6 +76,11 @@ def test_an_asynchronous_collective_counts_where_it_begins(module: hlo.Module) -
     """It is shown three times a layer by the kernels that advance it and once by the one that begins it."""
     (found,) = [item for item in hlo.collectives(module, 8) if item.payload == 64 * 8 * 2]
     assert (found.name, found.times) == ("all-gather.91", 4.0)
+
+
+def test_no_groups_means_all_devices(module: hlo.Module) -> None:
+    (found,) = [item for item in hlo.collectives(module, 8) if item.name == "reduce-scatter.2"]
+    assert (found.groups, found.payload) == ((tuple(range(8)),), 8 * 4)
 
 
 def test_kernels_of_a_loop_count_as_often(module: hlo.Module) -> None:

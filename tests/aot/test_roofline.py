@@ -90,16 +90,16 @@ def test_a_summary_adds_up_what_is_alike() -> None:
     mesh, slice_ = mesh_of("v5e:2x2", (1, 4, 1)), parse_slice("v5e:2x2")
     everyone = tuple(range(4))
     items = [
-        (2.0, gather(everyone, times=28.0)),
-        (1.0, gather(everyone, payload=5 * 10**8)),
-        (1.0, gather((0,), (1,))),
+        gather(everyone, times=28.0),
+        gather(everyone, payload=5 * 10**8),
+        gather((0,), (1,)),
     ]
-    found = summarise(items, mesh, slice_)
+    found = summarise(items, 2, mesh, slice_)
     assert [(item.kind, item.axes, item.count) for item in found] == [
-        ("all-gather", "fsdp", 57.0),
-        ("all-gather", "one device", 1.0),
+        ("all-gather", "fsdp", 58.0),
+        ("all-gather", "one device", 2.0),
     ]
-    assert found[0].bytes == pytest.approx((56 + 0.5) * 1e9 * 3 / 4)
+    assert found[0].bytes == pytest.approx((56 + 1) * 1e9 * 3 / 4)
     assert found[1].bytes == found[1].seconds == 0.0
 
 

@@ -59,16 +59,23 @@ def test_a_wrong_name_is_told_the_right_ones(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "links"),
-    [("v5e:1x1", 0), ("v5e:2x4", 2), ("v5e:16x16", 4), ("v5e:8x16", 3), ("v5p:4x4x4", 6), ("v5p:2x2x4", 3)],
+    ("name", "wraps"),
+    [
+        ("v5e:1x1", (False, False)),
+        ("v5e:2x4", (False, False)),
+        ("v5e:16x16", (True, True)),
+        ("v5e:8x16", (False, True)),
+        ("v5p:4x4x4", (True, True, True)),
+        ("v5p:2x2x4", (False, False, False)),
+    ],
 )
-def test_only_full_dimensions_close_to_a_ring(name: str, links: int) -> None:
-    assert parse_slice(name).fewest_links == links
+def test_only_full_dimensions_close_to_a_ring(name: str, wraps: tuple[bool, ...]) -> None:
+    assert parse_slice(name).wraps == wraps
 
 
 def test_without_libtpu_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(TopologyError, match=r"pip install -e '\.\[preflight\]'"):
+    with pytest.raises(TopologyError, match=r"pip install -e '\.\[tpu\]'"):
         topologies.describe_topology(parse_slice("v5e:4x4"))
 
 

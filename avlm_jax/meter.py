@@ -27,7 +27,8 @@ import jax
 from avlm_jax.chips import Chip
 from avlm_jax.flops import Flops
 
-# Metrics that differ between two runs of the same steps; all others are the same to the last bit.
+# Metrics that differ between two runs of the same steps; all others are the same to the last bit on the same TPUs or CPUs. GPUs
+# sum in another order each time unless XLA is told otherwise (launch/README.md).
 TIMED = frozenset(
     {"tokens_per_s", "positions_per_s", "samples_per_s", "step_s", "step_s_max", "mfu", "hfu"}
     | {"data_wait", "compile_s", "memory_gib", "memory_peak_gib"}

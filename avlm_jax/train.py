@@ -8,7 +8,7 @@
     <workdir>/<stage>/final/          what the stage publishes: all that training has learnt so far, config, lineage
 
 The same command continues a run that was stopped: finished stages are recognised by their `final`, an unfinished one goes on
-from its newest checkpoint and ends as it would have ended.
+from its newest checkpoint and ends as it would have ended: to the bit on the same TPU slice or CPUs, within rounding elsewhere.
 """
 
 from __future__ import annotations

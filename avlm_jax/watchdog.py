@@ -2,6 +2,8 @@
 
 The loop says what it is about to do. When that takes longer than its limit, the stacks are written, the processes behind are
 named, and the process ends with exit code 75, on which a launcher starts all of them again, from the newest checkpoint.
+A process in which no Python thread can run any more (native code keeps the interpreter's lock) writes its stacks and ends by
+SIGALRM, which a shell calls 142; launchers start that again as well.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
+import signal
 import sys
 import threading
 import time
@@ -23,8 +26,11 @@ from avlm_jax.rendezvous import EX_TEMPFAIL
 T = TypeVar("T")
 
 TICK_SECONDS = 0.5
-# So much after a limit the interpreter's own timer, which needs no lock, ends a process in which no Python thread can run.
+# So much after a limit faulthandler's own thread, which needs no lock, writes the stacks of a process in which no Python thread
+# can run, and DUMP_SECONDS later SIGALRM ends it. Not faulthandler's exit=True: its exit code is 1, after which nothing starts
+# again. No other part of the process may use SIGALRM (the decoders do, each in a process of its own).
 FROZEN_SECONDS = 60.0
+DUMP_SECONDS = 5.0
 
 
 class Watchdog:
@@ -107,6 +113,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _run(self) -> None:
         while not self._ended.wait(TICK_SECONDS):
@@ -114,8 +121,11 @@ class Watchdog:
                 (name, limit), seconds = self._limit(), time.monotonic() - self._since
             if seconds > limit:
                 self._bark(name, seconds)
+            frozen = limit - seconds + FROZEN_SECONDS
             if (stream := _real_stderr()) is not None:
-                faulthandler.dump_traceback_later(limit - seconds + FROZEN_SECONDS, exit=True, file=stream)
+                faulthandler.dump_traceback_later(frozen, file=stream)
+            # Its default action is the kernel's: it needs neither a lock nor a thread that can run. Every tick puts it off.
+            signal.setitimer(signal.ITIMER_REAL, frozen + DUMP_SECONDS)
 
     def _bark(self, name: str, seconds: float) -> None:
         here = peers.current()

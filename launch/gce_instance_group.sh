@@ -187,7 +187,7 @@ delete() {
 case $action in
   run)
     read_request
-    require_training
+    require_training_on_bucket
     preflight "$topology"
     trap say_what_goes_on INT
     run_all
@@ -196,13 +196,13 @@ case $action in
     ;;
   create)
     read_request
-    require_training
+    require_training_on_bucket
     preflight "$topology"
     ask
     ;;
   watch)
     read_request # To ask again for what is taken.
-    require_training
+    require_training_on_bucket
     trap say_what_goes_on INT
     watch
     finish

@@ -64,36 +64,39 @@ if [[ ! ${AVLM_ONE_ATTEMPT-} ]]; then
     bash launch/local_cpu.sh --devices "$devices" --processes "$processes" --port "$port" -- "${train[@]}"
 fi
 
-children=()
-pipes=$(mktemp -d)
-trap 'rm -rf "$pipes"' EXIT
+children=() stopped=""
 # shellcheck disable=SC2329 # By the traps.
 end_all() { kill -s "$1" "${children[@]}" 2> /dev/null || true; }
-trap 'end_all TERM' TERM INT
+trap 'stopped=yes && end_all TERM' TERM INT
 for ((number = 0; number < processes; number++)); do
   process "$number"
-  mkfifo "$pipes/$number"
-  (trap '' INT TERM && exec sed -u "s/^/[$number] /" < "$pipes/$number") &
-  exec "${one[@]}" > "$pipes/$number" 2>&1 & # exec: see supervise.sh.
+  open_pipe
+  (trap '' INT TERM && exec sed -u "s/^/[$number] /" <&"$listen" {listen}<&- {speak}>&-) &
+  exec "${one[@]}" >&"$speak" 2>&1 {listen}<&- {speak}>&- & # exec: see supervise.sh.
   children+=($!)
+  exec {listen}<&- {speak}>&-
 done
+if [[ $stopped ]]; then end_all TERM; fi # It may have come before all of them were there.
 # The first failure is the cause, unless one of them has a reason not to be started again. The others end by themselves, as
 # a rule, and say why; after a while they are told to, and `avlm train` needs up to 25 s to save.
-code=0 left=("${children[@]}") killer=""
+code=0 left=("${children[@]}") failed="" due=(10:TERM 40:KILL) # Seconds after the first failure, and what is sent then.
 while ((${#left[@]})); do
-  ended="" now=0
-  wait -n -p ended "${left[@]}" || now=$?
-  [[ ${ended-} ]] || continue # A signal with a trap ends `wait` early.
-  remaining=()
+  # Not `wait -n`: it knows nothing of a process that had ended before it was called.
+  ended="" now=0 remaining=()
   for child in "${left[@]}"; do
-    if [[ $child != "$ended" ]]; then remaining+=("$child"); fi
+    if [[ $ended ]] || kill -0 "$child" 2> /dev/null; then remaining+=("$child"); else ended=$child; fi
   done
-  left=(${remaining[@]+"${remaining[@]}"})
-  if ((now)) && { ((code == 0)) || ! worth_a_restart "$now"; }; then code=$now; fi
-  if ((now)) && [[ ! $killer ]]; then
-    { sleep 10 && end_all TERM && sleep 30 && end_all KILL; } > /dev/null 2>&1 &
-    killer=$!
+  if [[ $ended ]]; then
+    wait "$ended" || now=$?
+    left=(${remaining[@]+"${remaining[@]}"})
+    if ((now)) && { ((code == 0)) || ! worth_a_restart "$now"; }; then code=$now; fi
+    if ((now)); then failed=${failed:-$SECONDS}; fi
+    continue
   fi
+  if [[ $failed && ${#due[@]} -gt 0 ]] && ((SECONDS - failed >= ${due[0]%:*})); then
+    end_all "${due[0]#*:}"
+    due=("${due[@]:1}")
+  fi
+  sleep 0.2
 done
-if [[ $killer ]]; then kill "$killer" 2> /dev/null || true; fi
 exit "$code"

@@ -122,7 +122,7 @@ case $action in
     ;;
   start)
     require --name saven-2a --bucket my-bucket
-    require_training
+    require_training_on_bucket
     start_unit
     ;;
   stop)

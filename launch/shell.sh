@@ -225,15 +225,27 @@ avlm() {
   if [[ -x $root/.venv/bin/avlm ]]; then "$root/.venv/bin/avlm" "$@"; else command avlm "$@"; fi
 }
 
-# `train` must name a configuration and a working directory.
+# `train` must name a configuration and a working directory, which becomes $workdir: of several the last, as for `avlm train`.
 require_training() {
-  local word has_config="" has_workdir=""
-  for word in ${train[@]+"${train[@]}"}; do
-    [[ $word != --config && $word != --config=* ]] || has_config=yes
-    [[ $word != --workdir && $word != --workdir=* ]] || has_workdir=yes
+  local index word has_config=""
+  workdir=""
+  for ((index = 0; index < ${#train[@]}; index++)); do
+    word=${train[index]}
+    case $word in
+      --config | --config=*) has_config=yes ;;
+      --workdir) workdir=${train[index + 1]-} ;;
+      --workdir=*) workdir=${word#*=} ;;
+    esac
   done
-  [[ $has_config && $has_workdir ]] || fail "say behind -- what to train, for example:" \
+  [[ $has_config && $workdir ]] || fail "say behind -- what to train, for example:" \
     "$program ... -- --config configs/savenvideo.py:size=7b,stage=2a --workdir ${1:-/mnt/avlm/runs/7b}"
+}
+
+# The same on rented machines, whose own disks go with them; the bucket stays.
+require_training_on_bucket() {
+  require_training
+  [[ $workdir == /mnt/avlm/?* && $workdir/ != */../* ]] ||
+    fail "--workdir is ${workdir@Q}; only /mnt/avlm outlives the machines: --workdir /mnt/avlm/runs/7b"
 }
 
 # preflight TOPOLOGY [SLICES]: compiles the step for that slice on this machine, before any money is spent; if it does not
@@ -266,9 +278,53 @@ preflight() {
   fi
 }
 
+# --- a process under watch -------------------------------------------------------------------------------------------
+
+# A pipe with no name: $listen reads from it, $speak writes to it. Both are open from the beginning, so that neither side ever
+# waits for the other one to come, which may have been ended before.
+open_pipe() {
+  local folder both
+  folder=$(mktemp -d)
+  mkfifo "$folder/pipe"
+  exec {both}<> "$folder/pipe" {listen}< "$folder/pipe" {speak}> "$folder/pipe"
+  exec {both}>&-
+  rm -r "$folder"
+}
+
+# `pass_on_signals`, then start $child in the background, `tell_if_stopped`, `wait_for_child`: SIGTERM and Ctrl-C become a
+# SIGTERM to the child (bash starts what it runs beside itself with SIGINT ignored), are noted in $stopped, and $code is what
+# the child made of it.
+child="" stopped="" interrupted=""
+pass_on_signals() { trap stop TERM INT; }
+# shellcheck disable=SC2329 # By the trap.
+stop() {
+  stopped=yes interrupted=yes
+  if [[ $child ]]; then kill -s TERM "$child" 2> /dev/null || true; fi
+}
+
+# It may have come before there was a child.
+tell_if_stopped() {
+  if [[ $stopped ]]; then kill -s TERM "$child" 2> /dev/null || true; fi
+}
+
+# The child's own exit code: a signal with a trap ends `wait` early.
+wait_for_child() {
+  local again
+  interrupted=""
+  code=0
+  wait "$child" || code=$?
+  while [[ $interrupted ]]; do
+    interrupted=""
+    again=0
+    wait "$child" || again=$?
+    ((again == 127)) || code=$again # 127: it had been waited for after all.
+  done
+  child=""
+}
+
 # What a launcher does about an exit code of `avlm train`: 0 is done; 1 (training failed), 2 (unusable configuration), 130
 # (interrupted) and the shell's 126 and 127 (no such command) would only come again. All else is mended by a new start: 75, a
-# stuck step or a lost process; 143, SIGTERM; 134, ended by JAX because another process is gone; 137, no memory or killed.
+# stuck step or a lost process; 142, a frozen interpreter; 143, SIGTERM; 134, ended by JAX because another process is gone; 137, no memory or killed.
 worth_a_restart() {
   case $1 in
     0 | 1 | 2 | 126 | 127 | 130) return 1 ;;

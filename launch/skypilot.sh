@@ -50,11 +50,11 @@ launch() {
   [[ ! ($topology && $gpus) ]] || fail "--topology and --gpus exclude each other"
   if [[ $gpus ]]; then
     accelerators=$gpus
-    require_training
+    require_training_on_bucket
   else
     require --topology v6e:4x4
     read_topology
-    require_training
+    require_training_on_bucket
     ((num_nodes == 1)) || fail "--num-nodes goes with --gpus; a job has one TPU slice (for more: launch/xpk.sh)"
     extra=tpu
     case $generation in # docs.skypilot.co/en/latest/reference/tpu.html

@@ -13,6 +13,9 @@ usage="Train on a Slurm cluster's GPUs: one task a GPU, as JAX expects under Slu
 The job is queued again, under the same number, after an exit code that a new start mends, after preemption, after a node's
 failure, and at its time limit: a minute before it SIGTERM lets training save. Logs go to runs/slurm/<name>-<job>.log.
 
+GPUs add up in another order at each run. To have a stopped run end to the bit as it would have ended, set
+XLA_FLAGS=--xla_gpu_deterministic_ops=true before this command, which hands the environment on; it costs speed.
+
 options:
   --name NAME           of the job
   --nodes N             (1)

@@ -28,23 +28,11 @@ if [[ $dry_run ]]; then
 fi
 
 rm -rf "$reports"
-stopped="" interrupted=""
-# shellcheck disable=SC2329 # By the trap.
-stop() {
-  stopped=yes interrupted=yes
-  kill -s TERM "$step" 2> /dev/null || true # srun passes it on to the tasks.
-}
-trap stop TERM
+pass_on_signals # srun passes them on to the tasks.
 exec "${tasks[@]}" & # exec: see supervise.sh.
-step=$!
-code=0
-wait "$step" || code=$?
-while [[ $interrupted ]]; do # A signal with a trap ends `wait` early.
-  interrupted=""
-  again=0
-  wait "$step" || again=$?
-  ((again == 127)) || code=$again
-done
+child=$!
+tell_if_stopped
+wait_for_child
 
 # One task that has given up for good decides.
 if ((code)); then

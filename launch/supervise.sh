@@ -8,15 +8,15 @@ usage="Run a command, and start it again when it ends in a way that a new start 
 
   launch/supervise.sh [options] -- avlm train --config configs/savenvideo.py:size=7b --workdir runs/7b
 
-Started again: exit code 75 (a stuck step, a lost process), 143 (SIGTERM from elsewhere), 134, 137 and other signals.
+Started again: exit code 75 (a stuck step, a lost process), 143 (SIGTERM from elsewhere), 134, 137, 142 and other signals.
 Not started again: 0 (done), 1 (training failed), 2 (unusable configuration), 130 (Ctrl-C), 126 and 127 (no such command).
 SIGTERM or Ctrl-C here becomes a SIGTERM to the command, which has time to save, and is the end. Exit code: the command's last.
 
   --max-restarts N     so many starts again without a long attempt between them (10); 0: never
   --long SECONDS       an attempt that lasts so long sets that count back to 0 (900)
   --pause SECONDS      before a start again, so that the other processes of the run have ended as well (15)
-  --report DIR         keep DIR/<host>.status (running N, or: ended CODE) and DIR/<host>.log (its last lines) up to date;
-                       <host>-<task> under Slurm
+  --report DIR         keep DIR/<host>.status (running N, or: ended CODE) up to date, and write DIR/<host>.log, an attempt's
+                       last lines, when the attempt has ended; <host>-<task> under Slurm
   --dry-run            print the command
   -h, --help           this text"
 
@@ -49,45 +49,22 @@ report_log() {
   tail -n "$LOG_LINES" "$log" > "$report/$host.log" || say "$program: cannot write $report/$host.log"
 }
 
-child="" stopped="" interrupted=""
-# shellcheck disable=SC2329 # By the trap.
-stop() {
-  stopped=yes interrupted=yes
-  if [[ $child ]]; then kill -s TERM "$child" 2> /dev/null || true; fi
-}
-# Ctrl-C becomes SIGTERM: bash starts what it runs beside itself with SIGINT ignored.
-trap stop TERM INT
-
-# The child's own exit code: a signal with a trap ends `wait` early.
-wait_for_child() {
-  local again
-  interrupted=""
-  code=0
-  wait "$child" || code=$?
-  while [[ $interrupted ]]; do
-    interrupted=""
-    again=0
-    wait "$child" || again=$?
-    ((again == 127)) || code=$again # 127: it had been waited for after all.
-  done
-}
-
+pass_on_signals
 attempt=0 short=0
 while :; do
   attempt=$((attempt + 1)) begun=$SECONDS
   report_status "running $attempt"
   : > "$log"
-  # A named pipe, and not >(tee): what the command leaves running would hold that open. tee ignores the signals, so that the
-  # command's last words are heard.
-  rm -f "$place/pipe" && mkfifo "$place/pipe"
-  (trap '' INT TERM && exec tee -a "$log" < "$place/pipe") &
+  # tee ignores the signals, so that the command's last words are heard.
+  open_pipe
+  (trap '' INT TERM && exec tee -a "$log" <&"$listen" {listen}<&- {speak}>&-) &
   listener=$!
   # exec: because of the traps bash would keep a process of its own between, which the signal would end instead.
-  exec "${train[@]}" > "$place/pipe" 2>&1 &
+  exec "${train[@]}" >&"$speak" 2>&1 {listen}<&- {speak}>&- &
   child=$!
-  if [[ $stopped ]]; then kill -s TERM "$child" 2> /dev/null || true; fi # It came between two attempts.
+  exec {listen}<&- {speak}>&-
+  tell_if_stopped
   wait_for_child
-  child=""
   # The last lines; but not what something that the command has left running may still say.
   for ((tenth = 0; tenth < 50; tenth++)); do
     kill -0 "$listener" 2> /dev/null || break
@@ -104,8 +81,8 @@ while :; do
   # In the background, because bash runs a trap only after what it waits for in the foreground.
   sleep "$pause" &
   child=$!
+  tell_if_stopped
   wait_for_child
-  child=""
   if [[ $stopped ]]; then code=143; break; fi
 done
 report_status "ended $code after $attempt attempts"

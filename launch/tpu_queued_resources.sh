@@ -183,7 +183,7 @@ delete() {
 case $action in
   run)
     read_request
-    require_training
+    require_training_on_bucket
     preflight "$topology" "$node_count"
     trap say_what_goes_on INT
     run_all
@@ -192,19 +192,19 @@ case $action in
     ;;
   create)
     read_request
-    require_training
+    require_training_on_bucket
     preflight "$topology" "$node_count"
     ask
     wait_active
     ;;
   start)
     require --bucket my-bucket
-    require_training
+    require_training_on_bucket
     start
     ;;
   watch)
     read_request # To ask again for what is taken.
-    require_training
+    require_training_on_bucket
     trap say_what_goes_on INT
     watch
     finish

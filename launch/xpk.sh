@@ -96,7 +96,7 @@ read_workload() {
   require --name saven-2a --topology v5e:16x16 --image us-docker.pkg.dev/my-project/avlm/avlm:1 --bucket my-bucket
   check_name
   read_topology
-  require_training
+  require_training_on_bucket
   # xpk/core/system_characteristics.py: names of generation and shape.
   tpu=${generation/v5e/v5litepod}-$shape
 }

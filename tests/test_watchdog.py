@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from avlm_jax import peers
 from avlm_jax.multihost import Timeouts
-from avlm_jax.watchdog import Watchdog
+from avlm_jax.watchdog import DUMP_SECONDS, FROZEN_SECONDS, Watchdog
 from tests.process_group import ROOT
 
 STUCK = """
@@ -54,9 +56,26 @@ def test_a_stuck_step_ends_with_its_stacks(tmp_path: Path) -> None:
 
 
 def test_an_interpreter_that_is_frozen_ends_too(tmp_path: Path) -> None:
-    before = "import avlm_jax.watchdog; avlm_jax.watchdog.FROZEN_SECONDS = 1.0; watchdog.at(peers.SAVES); time.sleep(0.7)"
-    found = run(tmp_path, before, FROZEN)
-    assert found.returncode == 1 and " in hangs" in found.stderr and "Timeout" in found.stderr
+    """By SIGALRM, which launchers start again (tests/launch/test_supervise.py); exit code 1 would be the end."""
+    limits = "import avlm_jax.watchdog as w; w.FROZEN_SECONDS, w.DUMP_SECONDS = 1.0, 2.0; "
+    found = run(tmp_path, limits + "watchdog.at(peers.SAVES); time.sleep(0.7)", FROZEN)
+    assert found.returncode == -signal.SIGALRM, found.stderr
+    assert " in hangs" in found.stderr and "Timeout" in found.stderr
+
+
+def test_no_alarm_outlives_a_watchdog(tmp_path: Path) -> None:
+    with Watchdog(Timeouts(step=50.0, ready=50.0)) as watchdog:
+        deadline = time.monotonic() + 30
+        while not (left := signal.getitimer(signal.ITIMER_REAL)[0]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert 100 < left <= 50 + FROZEN_SECONDS + DUMP_SECONDS
+        # Every tick puts it off: what comes next has a limit of its own.
+        watchdog.at(peers.SAVES)
+        while signal.getitimer(signal.ITIMER_REAL)[0] < 900:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

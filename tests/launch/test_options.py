@@ -15,7 +15,7 @@ from tests.launch.shell import LAUNCH, ROOT, StandIns, environment, run, scripts
 COMMANDS = [path.name for path in scripts() if os.access(path, os.X_OK)]
 QUEUED = ("--name", "a", "--zone", "z", "--topology", "v5e:4x4", "--bucket", "b")
 GROUP = ("--name", "a", "--zone", "z-a", "--project", "p", "--bucket", "b")
-TRAIN = ("--", "--config", "c.py", "--workdir", "w")
+TRAIN = ("--", "--config", "c.py", "--workdir", "/mnt/avlm/w")
 # What a shell could take apart or take for something else.
 HOSTILE = (
     "a b",
@@ -134,6 +134,52 @@ def test_other_scripts_likewise(script: str, arguments: tuple[str, ...], message
     assert done.returncode == 2 and message in done.stderr
 
 
+LASTS = "only /mnt/avlm outlives the machines: --workdir /mnt/avlm/runs/7b"
+CLUSTER = ("--cluster", "c", "--zone", "z", "--project", "p", "--name", "a", "--image", "i", "--bucket", "b")
+# Script -> what it needs before --.
+RENTING = {
+    "tpu_queued_resources.sh": QUEUED,
+    "gce_instance_group.sh": (*GROUP, "--topology", "v6e:2x4"),
+    "skypilot.sh": ("--name", "a", "--bucket", "b", "--topology", "v6e:4x4"),
+    "xpk.sh": (*CLUSTER, "--topology", "v5e:4x4"),
+}
+
+
+@pytest.mark.parametrize("script", RENTING)
+def test_results_that_would_go_with_the_machines_are_refused(script: str) -> None:
+    done = run(script, *RENTING[script], "--dry-run", "--", "--config", "c.py", "--workdir", "runs/7b")
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"--workdir is 'runs/7b'; {LASTS}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "lasts"),
+    [
+        (("--workdir=/mnt/avlm/runs/7b",), True),
+        (("--workdir=runs/7b",), False),
+        (("--workdir", "/mnt/avlm"), False),  # The bucket's own root: records and weights lie there.
+        (("--workdir", "/mnt/avlm/"), False),
+        (("--workdir", "/mnt/avlm2/runs"), False),
+        (("--workdir", "/mnt/avlm/../runs"), False),
+        (("--workdir", "/mnt/avlm/runs/.."), False),
+        (("--workdir", "/mnt/avlm/runs/7b..x"), True),
+        (("--workdir", "/mnt/avlm/runs", "--workdir", "runs"), False),  # The last one counts.
+        (("--workdir", "runs", "--workdir", "/mnt/avlm/runs"), True),
+    ],
+)  # fmt: skip
+def test_what_lasts(words: tuple[str, ...], lasts: bool) -> None:
+    done = run("tpu_queued_resources.sh", *QUEUED, "--dry-run", "--", "--config", "c.py", *words)
+    assert done.returncode == (0 if lasts else 2) and (LASTS in done.stderr) == (not lasts)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("slurm.sh", ("--name", "a", "--time", "1")), ("local_cpu.sh", ())]
+)
+def test_machines_of_ones_own_keep_what_they_have(script: str, arguments: tuple[str, ...]) -> None:
+    done = run(script, *arguments, "--dry-run", "--", "--config", "c.py", "--workdir", "runs/7b")
+    assert done.returncode == 0 and "--workdir runs/7b" in done.stdout
+
+
 def test_an_option_may_carry_its_value_either_way() -> None:
     one = run("tpu_queued_resources.sh", *QUEUED, "--dry-run", *TRAIN)
     other = run(
@@ -159,11 +205,11 @@ def test_every_word_survives_to_the_machines(echo: Path) -> None:
     assert called[0] == ["avlm", "preflight", "--config", "c.py", *OVERRIDES, "--topology", "v5e:4x4"]
     start = next(words for words in called if "on_worker.sh start" in words[-1])
     (there,) = words_of(start[-1].removeprefix("--command="), echo)
-    assert there[there.index("--") + 1 :] == ["--config", "c.py", "--workdir", "w", *OVERRIDES, *HOSTILE]
+    assert there[there.index("--") + 1 :] == [*TRAIN[1:], *OVERRIDES, *HOSTILE]
 
 
 def test_every_word_survives_slurm_and_the_unit(echo: Path) -> None:
-    words = ["--config", "c.py", "--workdir", "w", *HOSTILE]
+    words = [*TRAIN[1:], *HOSTILE]
     printed = run("slurm.sh", "--name", "a", "--time", "1", "--dry-run", *TRAIN, *HOSTILE).stdout
     _, submitted, tasks = words_of(printed, echo)
     assert submitted[submitted.index("--") + 1 :] == words

@@ -27,7 +27,7 @@ QUEUED = (
         "1",
         "--no-preflight",
     ),
-    *("--", "--config", "c.py", "--workdir", "w"),
+    *("--", "--config", "c.py", "--workdir", "/mnt/avlm/w"),
 )
 GROUP = ("--project", "p", *(word.replace("v5e", "v5p").replace("2x4", "2x2x2") for word in QUEUED))
 

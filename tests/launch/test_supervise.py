@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.shell import LAUNCH, ROOT, environment, run
+from tests.launch.shell import LAUNCH, ROOT, StandIns, environment, run
 
 # Ends with the codes of its arguments, one an attempt; counts the attempts in a file.
 SCRIPTED = """
@@ -62,7 +63,7 @@ def test_what_a_new_start_does_not_mend_is_the_end(code: int, tmp_path: Path) ->
     assert supervise(tmp_path / "n", code)[:2] == (code, 1)
 
 
-@pytest.mark.parametrize("code", [75, 143, 134, 137, 3, -signal.SIGABRT, -signal.SIGKILL])
+@pytest.mark.parametrize("code", [75, 143, 134, 137, 3, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGALRM])
 def test_what_a_new_start_mends_is_started_again(code: int, tmp_path: Path) -> None:
     assert supervise(tmp_path / "n", code, code, 0)[:2] == (0, 3)
     assert supervise(tmp_path / "m", code, 2)[:2] == (2, 2)
@@ -120,6 +121,50 @@ def test_a_signal_lets_it_save_and_is_the_end(signum: int, tmp_path: Path) -> No
         os.kill(pid, 0)
     assert process.stdout.read() == "saving\nsaved\n"
     assert status.read_text() == "ended 143 after 1 attempts\n"
+
+
+# The real one, and then SIGTERM to the script that asked for the pipe: nobody has opened it yet.
+MKFIFO = """
+import signal, subprocess
+subprocess.run(["/usr/bin/mkfifo", *argv], check=True)
+os.kill(os.getppid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [("supervise.sh", "--", "sleep", "60"), ("local_cpu.sh", "--processes", "2", "--", "--config", "c", "--workdir", "w")],
+    ids=["supervise", "local_cpu"],
+)  # fmt: skip
+def test_a_signal_before_anything_was_said_leaves_nothing_behind(
+    script: tuple[str, ...], tmp_path: Path
+) -> None:
+    stand_ins = StandIns(tmp_path)
+    stand_ins.add("mkfifo", MKFIFO)
+    stand_ins.add("avlm", "time.sleep(60)")
+    checkout = tmp_path / "checkout"  # Without a .venv.
+    checkout.mkdir()
+    (checkout / "launch").symlink_to(LAUNCH)
+    name, *arguments = script
+    # Of local_cpu.sh the one attempt, which supervise.sh starts.
+    process = subprocess.Popen(
+        ["bash", str(checkout / "launch" / name), *arguments],
+        cwd=checkout, env=environment(stand_ins.path, AVLM_ONE_ATTEMPT="yes"), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.wait(timeout=30) == 143
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+        pytest.fail("a process of the script lives on")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_signal_between_two_attempts_is_the_end_too(tmp_path: Path) -> None:

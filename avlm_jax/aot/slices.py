@@ -34,7 +34,7 @@ def write_table(
     progress: Progress = quiet,
     slices: Sequence[str] = (),
 ) -> Path:
-    """Compiles what is not in `cache` yet and writes the table.
+    """Compiles what is not in `cache` yet and writes the table, anew after each program: that takes hours in all.
 
     Args:
         config: of a system; all of config.stages are compiled.
@@ -44,23 +44,22 @@ def write_table(
         progress: is told what goes on.
         slices: names; empty takes SLICES.
     """
-    reports = []
-    with contextlib.ExitStack() as stack:
-        kept = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avlm_preflight_")))
-        for stage in config.stages:
-            for name in slices or SLICES:
-                setup = prepare(config, stage, parse_slice(name))
-                reports.append(make_report(setup, compile_step(setup, cache=kept, progress=progress)))
-    text = format_table(reports, named)
+    places = [(stage, name) for stage in config.stages for name in slices or SLICES]
+    reports: list[Report] = []
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
+    with contextlib.ExitStack() as stack:
+        kept = cache or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="avlm_preflight_")))
+        for stage, name in places:
+            setup = prepare(config, stage, parse_slice(name))
+            reports.append(make_report(setup, compile_step(setup, cache=kept, progress=progress)))
+            part.write_text(format_table(reports, named, places[len(reports) :]), encoding="utf-8")
+            part.rename(file)
     return file
 
 
-def format_table(reports: Sequence[Report], named: str) -> str:
-    """Markdown."""
+def format_table(reports: Sequence[Report], named: str, missing: Sequence[tuple[str, str]] = ()) -> str:
+    """Markdown; `missing` are (stage, slice) that have not been compiled yet."""
     lines = [
         "# TPU slices for the recipe",
         "",
@@ -71,6 +70,9 @@ def format_table(reports: Sequence[Report], named: str) -> str:
         "that times the devices times the micro-batches. Hours are for the clips that the stage sees in all.",
         "",
     ]
+    if missing:
+        told = ", ".join(f"{stage} on {name}" for stage, name in missing)
+        lines += [f"Not compiled yet, the same command goes on with them: {told}.", ""]
     for stage in dict.fromkeys(report.setup.name for report in reports):
         mine = [report for report in reports if report.setup.name == stage]
         setup = mine[0].setup

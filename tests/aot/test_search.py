@@ -132,10 +132,29 @@ def test_the_table(config: ConfigDict, tmp_path: Path) -> None:
         "4",
         "16",
     ]  # The recipe's; 1b's are all at once.
-    assert list(file.parent.iterdir()) == [file]
+    assert list(file.parent.iterdir()) == [file] and "Not compiled yet" not in text
     assert "- stage 1a: FLOPs: no source of stage 1a has audio" in text
     assert "- v5e: compute: v5e attains" in text and "- v6e: memory: kernels attain" in text
     assert text.count("- FLOPs: matrix products only") == 1
+
+
+def test_a_table_that_was_stopped_says_what_it_lacks(
+    config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def compile_step(setup: Setup, **options: object) -> Program | OutOfMemory:
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(setup)
+        return stand_in.compile_step(setup)
+
+    monkeypatch.setattr(slices, "compile_step", compile_step)
+    config = apply_overrides(config, ["stages=2a,2b"])
+    with pytest.raises(KeyboardInterrupt):
+        slices.write_table(config, "c.py", tmp_path / "S.md", None, slices=("v5e:1x1", "v6e:1x1"))
+    text = (tmp_path / "S.md").read_text()
+    assert "goes on with them: 2b on v5e:1x1, 2b on v6e:1x1." in text and text.count("## Stage") == 1
 
 
 def test_the_table_names_loops_that_any_program_leaves_uncounted(config: ConfigDict) -> None:

@@ -15,14 +15,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import platform
-import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,19 +29,22 @@ import numpy as np
 from avlm_jax import __version__
 from avlm_jax.agreement import Agreement, Shared
 from avlm_jax.digests import (
-    canonical,
     damaged_leaves,
     digest_json,
     first_misfit,
     hash_blocks,
+    json_values,
     leaf_digests,
     merge_blocks,
     nonfinite_leaves,
     owned_blocks,
     to_host,
 )
-from avlm_jax.state import TrainState, Tree, flatten, unflatten
-from avlm_jax.step_folders import MANIFEST_FILE, StepFolders, flush, is_bucket, resolve
+from avlm_jax.multihost import Timeouts
+from avlm_jax.rendezvous import PeerError
+from avlm_jax.state import TrainState, Tree, fields_of, flatten, flatten_state, unflatten
+from avlm_jax.step_folders import MANIFEST_FILE, StepFolders
+from avlm_jax.storage import is_bucket, is_trouble, replace_folder, resolve
 from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,15 +66,25 @@ class _Damaged(Shared):
 
 
 class Checkpointer:
-    """Saves and restores `TrainState`, data position and metadata; every process calls each method."""
+    """Saves and restores `TrainState`, data position and metadata; every process calls each method.
 
-    def __init__(self, directory: str | os.PathLike, keep: int = 2, async_: bool = True) -> None:
+    In a `with`, what ended the run first is the news: that the last save failed as well is only logged then.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int = 2,
+        async_: bool = True,
+        timeouts: Timeouts | None = None,
+    ) -> None:
         """Opens `directory` (made if missing) and removes what an interrupted save left there.
 
         Args:
             directory: local folder or bucket address that all processes see; one run writes to it at a time.
             keep: how many of the newest steps stay. Below 2 there is nothing to fall back to.
             async_: True: `save` returns once the arrays are copied, hashing and writing go on beside the training.
+            timeouts: how long processes wait for each other: `ready` to set up and restore, `save` to save.
         """
         # Here, so that importing this module for `load_tree` alone stays cheap.
         import orbax.checkpoint as ocp
@@ -85,10 +96,22 @@ class Checkpointer:
         self._keep, self._async = keep, async_
         # Trained floats hardly shrink, and compressing them would take the cores from the training.
         self._handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-        self._agreement = Agreement("checkpointer")
+        timeouts = timeouts or Timeouts()
+        self._setup, self._saving = Agreement("restore", timeouts.ready), Agreement("save", timeouts.save)
         self._writer = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
-        self._agreement.everywhere(lambda: self._folders.clear() if jax.process_index() == 0 else None)
+        self._setup.everywhere(lambda: self._folders.clear() if jax.process_index() == 0 else None)
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except UserError as second:
+            if error is None:
+                raise
+            logger.error("besides (%s): %s", type(error).__name__, second)
 
     def steps(self) -> list[int]:
         """Complete steps on disk, ascending; a save under way is waited for."""
@@ -111,17 +134,18 @@ class Checkpointer:
 
         Raises:
             CheckpointError: a parameter or moment is not finite, or an earlier save failed while it was written.
+            PeerError: a process did not take part.
             TypeError: data_state or metadata holds something that is not JSON.
         """
         self.wait()
-        tree = _as_tree(state)
-        flat = _flatten_state(tree)
+        tree = fields_of(state)
+        flat = flatten_state(tree)
         manifest = {
             "schema": SCHEMA,
             "step": step,
             "processes": jax.process_count(),
-            "data_state": _json_values(data_state, "data_state"),
-            "metadata": _json_values(metadata, "metadata"),
+            "data_state": json_values(data_state, "data_state"),
+            "metadata": json_values(metadata, "metadata"),
         }
         # These copies to the host are meant, also where the loop forbids unmeant ones.
         with jax.transfer_guard("allow"):
@@ -147,7 +171,7 @@ class Checkpointer:
         return True
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk; raises CheckpointError if it failed."""
+        """Returns when the save under way is on disk; CheckpointError if it failed, PeerError for want of a process."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
             try:
@@ -173,7 +197,7 @@ class Checkpointer:
             (folder / STATE).mkdir(parents=True, exist_ok=True)
             return str(folder)
 
-        folder = self._agreement.everywhere(make)[0]
+        folder = self._saving.everywhere(make)[0]
         return resolve(folder) if folder else None
 
     def _write(self, folder: epath.Path, writes: list, blocks: dict, shapes: dict, manifest: dict) -> None:
@@ -198,10 +222,12 @@ class Checkpointer:
             self._folders.finish(manifest["step"], folder)
             self._folders.keep_newest(self._keep)
 
-        self._agreement.everywhere(write)
-        self._agreement.everywhere(commit)
+        self._saving.everywhere(write)
+        self._saving.everywhere(commit)
 
-    def _save_failed(self, step: int, error: Exception) -> CheckpointError:
+    def _save_failed(self, step: int, error: Exception) -> UserError:
+        if isinstance(error, PeerError):
+            return PeerError(f"saving step {step} to {self._folders.directory} failed: {error}")
         space = self._folders.space()
         return CheckpointError(
             f"saving step {step} to {self._folders.directory} failed ({type(error).__name__}: {error}); "
@@ -212,8 +238,8 @@ class Checkpointer:
     def restore_latest(self, abstract_state: TrainState) -> tuple[TrainState, dict, dict] | None:
         """The newest step that passes its checks, placed on devices as `abstract_state` says.
 
-        A step that is damaged (unreadable, incomplete, or a leaf whose sha256 is not the manifest's) is moved
-        to quarantine/ with a warning, by all processes if one finds it so, and the next older one is tried.
+        A step that is damaged (incomplete, or a leaf whose sha256 is not the manifest's) is moved to quarantine/
+        with a warning, by all processes if one finds it so, and the next older one is tried.
 
         Args:
             abstract_state: a `TrainState` of arrays or `jax.ShapeDtypeStruct`; leaves with a sharding are
@@ -221,14 +247,16 @@ class Checkpointer:
                 run's, others to the first local device.
 
         Returns:
-            (state, data_state, metadata), or None if no step is left; a warning then names the quarantined ones.
+            (state, data_state, metadata), or None if no step was ever there.
 
         Raises:
-            CheckpointError: the step is sound but of another model, optimizer or version; nothing is moved.
+            CheckpointError: the step is sound but of another model, optimizer or version, or cannot be read for want
+                of rights, network or device; nothing is moved then. Or there were steps, and none of them is sound.
+            PeerError: a process did not take part.
         """
         self.wait()
-        abstract = jax.tree.map(_abstract, _as_tree(abstract_state))
-        steps = self._agreement.everywhere(self._folders.steps)[0]
+        abstract = jax.tree.map(_abstract, fields_of(abstract_state))
+        steps = self._setup.everywhere(self._folders.steps)[0]
         while steps:
             step = steps.pop()
             try:
@@ -238,11 +266,11 @@ class Checkpointer:
                 return TrainState(**tree), manifest["data_state"], manifest["metadata"]
             except _Damaged as damage:
                 self._quarantine(step, str(damage), steps)
-        if self._folders.quarantine.exists():
-            logger.warning(
-                "no sound step is left in %s, so the stage begins from its start; what was saved before lies in %s",
-                self._folders.directory,
-                self._folders.quarantine,
+        if self._setup.everywhere(self._folders.quarantine.exists)[0]:
+            raise CheckpointError(
+                f"no sound step is left in {self._folders.directory}; the damaged ones lie in {self._folders.quarantine}, "
+                f"see the warnings of the start that moved them. To train the stage from its beginning, delete "
+                f"{self._folders.directory}; then start the same command again"
             )
         return None
 
@@ -252,14 +280,20 @@ class Checkpointer:
 
         def read() -> str:
             try:
-                manifest.update(json.loads(file.read_text()))
+                content = file.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                if (file.parent / "manifest" / MANIFEST_FILE).exists():  # Where schema 1 had it.
+                    raise _other_schema(file.parent, 1) from error
+                raise _Damaged(f"{file}: {type(error).__name__}: {error}") from error
+            except (
+                Exception
+            ) as error:  # Nothing is parsed yet: whatever a bucket's client raises is no damage.
+                raise _unreadable(file, error) from error
+            try:
+                manifest.update(json.loads(content))
                 told, found = manifest.pop("sha256"), digest_json(manifest)
                 sound = told == found and manifest["step"] == step
             except Exception as error:  # A damaged file raises whatever its parser likes.
-                if (
-                    not file.exists() and (file.parent / "manifest" / MANIFEST_FILE).exists()
-                ):  # Where schema 1 had it.
-                    raise _other_schema(file.parent, 1) from error
                 raise _Damaged(f"{file}: {type(error).__name__}: {error}") from error
             if not sound:
                 raise _Damaged(f"{file} does not match its own sha256")
@@ -267,7 +301,7 @@ class Checkpointer:
                 raise _other_schema(file.parent, manifest["schema"])
             return told
 
-        sums = self._agreement.everywhere(read, _Damaged)
+        sums = self._setup.everywhere(read, _Damaged)
         if len(set(sums)) > 1:
             raise _Damaged(f"{file} is not the same for all processes: {sums}")
         return manifest
@@ -277,7 +311,7 @@ class Checkpointer:
         folder = self._folders[step] / STATE
 
         def read() -> None:
-            if misfit := first_misfit(manifest["leaves"], _flatten_state(abstract)):
+            if misfit := first_misfit(manifest["leaves"], flatten_state(abstract)):
                 raise CheckpointError(
                     f"{folder.parent} is of another model or optimizer: {misfit}. "
                     f"Use the configuration that wrote it, or another working directory."
@@ -292,23 +326,25 @@ class Checkpointer:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # The device's trouble, not the checkpoint's.
             except Exception as error:
+                if is_trouble(error):
+                    raise _unreadable(folder, error) from error
                 raise _Damaged(f"{folder}: {type(error).__name__}: {error}") from error
 
         def check() -> None:
-            if bad := damaged_leaves(manifest["leaves"], _flatten_state(tree)):
+            if bad := damaged_leaves(manifest["leaves"], flatten_state(tree)):
                 more = f", and {len(bad) - 1} more blocks" if len(bad) > 1 else ""
                 raise _Damaged(
                     f"{folder}: {bad[0]} is not what was saved{more}: its sha256 differs from the manifest's"
                 )
 
-        self._agreement.everywhere(read, _Damaged)
-        self._agreement.everywhere(check, _Damaged)
+        self._setup.everywhere(read, _Damaged)
+        self._setup.everywhere(check, _Damaged)
         return tree
 
     def _quarantine(self, step: int, reason: str, older: list[int]) -> None:
         """Moves a damaged step out of sight; nothing is deleted."""
         move = lambda: None if jax.process_index() else str(self._folders.set_aside(step))  # noqa: E731
-        target = self._agreement.everywhere(move)[0]
+        target = self._setup.everywhere(move)[0]
         logger.warning(
             "checkpoint %s is damaged (%s); moved to %s; %s",
             self._folders[step],
@@ -322,6 +358,13 @@ def _part(process: int) -> str:
     return f"digests-{process}.json"
 
 
+def _unreadable(path: epath.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be read now ({type(error).__name__}: {' '.join(str(error).split())[:500]}); nothing was moved, the "
+        f"step may be sound. Mend the access to it (mount, network, rights, disk), then start the same command again"
+    )
+
+
 def _other_schema(folder: epath.Path, schema: Any) -> CheckpointError:
     return CheckpointError(
         f"{folder} has schema {schema}, this version reads {SCHEMA}; finish the stage with the version that began it, "
@@ -329,31 +372,17 @@ def _other_schema(folder: epath.Path, schema: Any) -> CheckpointError:
     )
 
 
-def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-
-
-def _flatten_state(tree: Any) -> dict[str, Any]:
-    """{path: leaf}; unlike `state.flatten` it walks the optimizer's named tuples too."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _json_values(value: Mapping, name: str) -> Any:
-    """`value` as JSON gives it back (tuples become lists): its hash agrees with the one after reading."""
-    try:
-        return json.loads(canonical(value))
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"checkpoint {name} must hold JSON values only: {error}") from error
-
-
 def save_tree(
-    directory: str | os.PathLike, tree: Tree, config: Mapping[str, Any], metadata: Mapping[str, Any]
+    directory: str | os.PathLike,
+    tree: Tree,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    timeout: float = Timeouts.save,
 ) -> str:
     """Publishes a stage's trainable tree; replaces `directory` as a whole or leaves it as it was.
 
@@ -366,23 +395,23 @@ def save_tree(
         config: the resolved configuration, JSON values.
         metadata: stage, versions, and the lineage: "parent" is the hash of the stage checkpoint this one
             began from, or None. "hash", "leaves" and the sums of the two JSON files are added here.
+        timeout: seconds that the other processes wait for process 0, which writes.
 
     Returns:
         The checkpoint's hash: sha256 over paths, shapes, dtypes and contents of all leaves.
     """
     first = jax.process_index() == 0
-    config, metadata = _json_values(config, "config"), _json_values(metadata, "metadata")
+    config, metadata = json_values(config, "config"), json_values(metadata, "metadata")
     host: dict[str, np.ndarray] = {}
     for path, leaf in flatten(tree).items():
         whole = to_host(leaf)  # One at a time, and only process 0 keeps it.
         if first:
             host[path] = np.ascontiguousarray(whole).reshape(whole.shape)
     publish = lambda: _publish(resolve(directory), host, config, metadata) if first else None  # noqa: E731
-    return Agreement("save_tree").everywhere(publish)[0]
+    return Agreement("save_tree", timeout).everywhere(publish)[0]
 
 
 def _publish(target: epath.Path, host: dict[str, np.ndarray], config: dict, metadata: dict) -> str:
-    from etils import epath
     from safetensors.numpy import save_file
 
     digests = leaf_digests(host)
@@ -393,39 +422,12 @@ def _publish(target: epath.Path, host: dict[str, np.ndarray], config: dict, meta
         "config_sha256": digest_json(config),
     }
     metadata["sha256"] = digest_json(metadata)
-    bucket = is_bucket(target)
-    if not bucket:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    beside = tempfile.gettempdir() if bucket else target.parent
-    staged = epath.Path(beside) / f".{target.name}.{secrets.token_hex(4)}.tmp"
-    staged.mkdir()
-    try:
-        save_file(host, staged / TREE_FILE)
-        for name, value in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):
-            (staged / name).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-        if bucket:
-            (target / METADATA_FILE).unlink(missing_ok=True)
-            for name in (TREE_FILE, CONFIG_FILE, METADATA_FILE):
-                (staged / name).copy(target / name, overwrite=True)
-        else:
-            for path in (*staged.iterdir(), staged):
-                flush(path)
-            _replace(staged, target)
-    finally:
-        if staged.exists():
-            staged.rmtree()
+    writers: dict[str, Callable[[epath.Path], Any]] = {TREE_FILE: lambda file: save_file(host, file)}
+    for name, value in ((CONFIG_FILE, config), (METADATA_FILE, metadata)):
+        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+        writers[name] = lambda file, text=text: file.write_text(text)
+    replace_folder(target, writers)
     return metadata["hash"]
-
-
-def _replace(staged: epath.Path, target: epath.Path) -> None:
-    if target.exists():
-        old = staged.with_suffix(".old")
-        target.rename(old)
-        staged.rename(target)
-        old.rmtree()
-    else:
-        staged.rename(target)
-    flush(target.parent)
 
 
 def load_tree(directory: str | os.PathLike) -> tuple[Tree, dict[str, Any], dict[str, Any]]:

@@ -158,6 +158,14 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def json_values(value: Mapping, name: str) -> Any:
+    """`value` as JSON gives it back (tuples become lists): its hash agrees with the one after reading."""
+    try:
+        return json.loads(canonical(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"checkpoint {name} must hold JSON values only: {error}") from error
+
+
 def digest_json(value: Any) -> str:
     """sha256 of a JSON value."""
     return hashlib.sha256(canonical(value).encode()).hexdigest()

@@ -196,3 +196,14 @@ def format_sizes(sizes: Mapping[str, ModuleSize]) -> str:
         )
         for row in rows
     )
+
+
+def fields_of(state: TrainState) -> dict[str, Any]:
+    """By name, as they are."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def flatten_state(tree: Any) -> dict[str, Any]:
+    """{path: leaf}; unlike `flatten` it walks the optimizer's named tuples too."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

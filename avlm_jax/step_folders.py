@@ -17,6 +17,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from avlm_jax.storage import flush, is_bucket, resolve
+
 if TYPE_CHECKING:
     from etils import epath
 
@@ -114,24 +116,3 @@ class StepFolders:
     def _partial(self, step: int) -> epath.Path:
         # The token: threads of a save that failed in this process may still be writing to its folder.
         return self.directory / f"{step}.{secrets.token_hex(4)}{PARTIAL}"
-
-
-def resolve(path: str | os.PathLike) -> epath.Path:
-    """Local paths made absolute, bucket addresses as they are."""
-    from etils import epath
-
-    return epath.Path(path if is_bucket(path) else os.path.abspath(path))
-
-
-def is_bucket(path: str | os.PathLike) -> bool:
-    """Whether `path` is an address ("gs://...") and not on a disk."""
-    return "://" in os.fspath(path)
-
-
-def flush(path: str | os.PathLike) -> None:
-    """Without this a machine that stops may keep a rename and lose the contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

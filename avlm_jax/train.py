@@ -14,7 +14,6 @@ from its newest checkpoint and ends as it would have ended: to the bit on the sa
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import io
@@ -226,7 +225,8 @@ def run_stage(
         "data": loader.summary(),
     }
     made_with = json.loads(config_to_json(config))
-    with loader, contextlib.closing(Checkpointer(workdir / name / "checkpoints")) as checkpointer:
+    timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
+    with loader, Checkpointer(workdir / name / "checkpoints", timeouts=timeouts) as checkpointer:
         start = 0
         if (found := checkpointer.restore_latest(expected)) is None:
             state = create_state(trainable, stage.optim, config.seed, mesh)
@@ -255,7 +255,7 @@ def run_stage(
     # What earlier stages learnt and this one left alone belongs to the result as well.
     published = unflatten(flatten(learnt or {}) | flatten(state.trainable))
     counts = {"steps": total, "skipped": int(state.skipped)}
-    save_tree(workdir / name / "final", published, made_with, metadata | counts)
+    save_tree(workdir / name / "final", published, made_with, metadata | counts, timeouts.save)
     if first:
         save_training_plot(workdir / name)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,8 +24,9 @@ import pytest
 from avlm_jax import checkpoint, optim
 from avlm_jax.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
 from avlm_jax.digests import digest_json
+from avlm_jax.rendezvous import PeerError
 from avlm_jax.state import TrainState, flatten, unflatten
-from avlm_jax.step_folders import resolve
+from avlm_jax.storage import resolve
 from tests import fake_gcs
 
 # Orbax's readers are coroutines; when one fails on a damaged file its siblings complain at collection.
@@ -172,19 +175,94 @@ def test_what_is_not_finite_is_not_saved(tmp_path: Path, place: str, value: floa
     checkpointer.close()
 
 
-def test_where_no_sound_step_is_left_the_quarantine_is_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_where_no_sound_step_is_left_the_run_does_not_begin_anew_in_silence(tmp_path: Path) -> None:
     fill(tmp_path, (10, 20))
     for step in (10, 20):
         (tmp_path / f"{step}/manifest.json").unlink()
     for _ in range(2):  # Also of a later start, which finds nothing to move any more.
-        checkpointer = Checkpointer(tmp_path)
-        caplog.clear()
-        assert checkpointer.restore_latest(make_state(0)) is None
-        checkpointer.close()
-        assert "no sound step is left" in caplog.text and str(tmp_path / "quarantine") in caplog.text
+        told = rf"no sound step is left in {tmp_path}; the damaged ones lie in {tmp_path}/quarantine, .* delete {tmp_path};"
+        with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointError, match=told):
+            checkpointer.restore_latest(make_state(0))
     assert sorted(path.name for path in (tmp_path / "quarantine").iterdir()) == ["10-0", "20-0"]
+    shutil.rmtree(tmp_path)
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_latest(make_state(0)) is None
+
+
+# As TensorStore words them; what a file of another length or none raises is damage, see DAMAGES.
+TROUBLES = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    ValueError('PERMISSION_DENIED: Error reading "rows": local file "d/0"'),
+    ValueError('UNAVAILABLE: Error reading "rows": gs://bucket/3/state'),
+    ValueError("UNKNOWN: Error reading local file \"d/0\": Input/output error [os_error_code='5']"),
+]
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=lambda error: str(error).split(":")[0])
+@pytest.mark.parametrize("place", ["manifest.json", "state"])
+def test_what_cannot_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, trouble: Exception
+) -> None:
+    fill(tmp_path, (10, 20))
+
+    def fails(*_: object, **__: object) -> None:
+        raise trouble
+
+    with Checkpointer(tmp_path) as checkpointer:
+        with monkeypatch.context() as patched:
+            if place == "state":
+                patched.setattr(checkpointer._handler, "restore", fails)
+            else:
+                patched.setattr(type(resolve(tmp_path)), "read_bytes", fails)
+            told = rf"{tmp_path}/20/{place} cannot be read now .*; nothing was moved, .* Mend the access"
+            with pytest.raises(CheckpointError, match=told):
+                checkpointer.restore_latest(make_state(0))
+        assert checkpointer.steps() == [10, 20] and not (tmp_path / "quarantine").exists()
+        assert_same_bits(checkpointer.restore_latest(make_state(0))[0], make_state(20))
+
+
+@pytest.mark.parametrize("earlier", [None, ValueError("what ended the run")])
+def test_a_failed_save_does_not_hide_what_ended_the_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    earlier: Exception | None,
+) -> None:
+    monkeypatch.setattr(checkpoint, "hash_blocks", lambda blocks: 1 / 0)
+    with pytest.raises(type(earlier) if earlier else CheckpointError), Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {}, {})
+        if earlier is not None:
+            raise earlier
+    assert ("saving step 1" in caplog.text) == (earlier is not None)
+
+
+def test_a_process_that_is_lost_during_a_save_ends_the_others_by_75(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> list[str]:
+        raise PeerError("save: process 1 (host-b) did not come within 34 s")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, make_state(1), {}, {})
+        checkpointer.wait()
+        monkeypatch.setattr(checkpointer._saving, "exchange", lost)
+        with pytest.raises(
+            PeerError, match=rf"saving step 2 to {tmp_path} failed: save: process 1 \(host-b\)"
+        ):
+            checkpointer.save(2, make_state(2), {}, {})
+        monkeypatch.undo()
+        hash_blocks = checkpoint.hash_blocks
+
+        def then_lost(blocks: dict) -> dict:
+            monkeypatch.setattr(checkpointer._saving, "exchange", lost)
+            return hash_blocks(blocks)
+
+        monkeypatch.setattr(checkpoint, "hash_blocks", then_lost)
+        checkpointer.save(2, make_state(2), {}, {})
+        with pytest.raises(PeerError, match="saving step 2"):
+            checkpointer.wait()
 
 
 @pytest.mark.parametrize("schema", [1, 3])
@@ -422,6 +500,41 @@ def test_published_hash_depends_on_content_alone(tmp_path: Path) -> None:
     flat["llm/lora_b"] = -flat["llm/lora_b"]  # -0.0 becomes 0.0
     assert save_tree(tmp_path / "1b", unflatten(flat), {}, {"parent": digest}) != digest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1a", "1b"]
+
+
+def test_what_killed_runs_left_beside_a_published_tree_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill is an exception that nobody cleans up after."""
+    keep = [tmp_path / name for name in (".final.tmp", ".final.0123456.tmp", ".other.01234567.tmp")]
+    for path in keep:
+        path.mkdir()
+    path_type = type(resolve(tmp_path))
+    rename, rmtree = path_type.rename, path_type.rmtree
+
+    def killed(count: int) -> None:
+        """While the folder is put in its place, at the `count`th rename."""
+        left = iter(range(count - 1))
+
+        def die(path, to):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return rename(path, to)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(path_type, "rename", die)
+            patched.setattr(path_type, "rmtree", lambda path: None)
+            published(tmp_path / "final")
+
+    killed(1)
+    assert len(list(tmp_path.iterdir())) == 4
+    published(tmp_path / "final")
+    for count in (1, 2):
+        killed(count)
+    assert not (tmp_path / "final").exists() and list(tmp_path.glob(".final.*.old"))
+    published(tmp_path / "final")
+    assert path_type.rmtree is rmtree and set(tmp_path.iterdir()) == {*keep, tmp_path / "final"}
+    load_tree(tmp_path / "final")
 
 
 def test_a_damaged_published_tree_is_refused(tmp_path: Path) -> None:

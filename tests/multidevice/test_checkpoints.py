@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.process_group import Group
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,3 +221,53 @@ def test_a_save_that_fails_in_one_process_fails_in_all(tmp_path: Path) -> None:
     for found in run(tmp_path, "restore", "1,2,1", devices=2, processes=2):
         assert (found["step"], found["same"]) == (1, True)
     assert not list(tmp_path.glob("*.partial"))
+
+
+# argv: directory, what becomes of process 1 while it saves.
+LOSES_ONE = """
+import os, signal, sys, time
+import jax, numpy as np
+from jax.sharding import PartitionSpec as P
+from avlm_jax import agreement, checkpoint, optim
+from avlm_jax.multihost import Timeouts, initialize, leave
+from avlm_jax.rendezvous import PeerError
+from avlm_jax.sharding import make_mesh
+from avlm_jax.state import TrainState
+
+directory, fate = sys.argv[1:]
+timeouts = Timeouts(save=300 if fate == "killed" else 4)
+initialize(timeouts)
+agreement.LOST_SECONDS = 6.0
+everywhere = jax.sharding.NamedSharding(make_mesh(), P())
+state = TrainState.create({"kernel": np.ones((4, 4), np.float32)}, optim.make_optimizer(optim.OptimConfig()), seed=0)
+def put(leaf):
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+state = jax.tree.map(put, state)
+def stays_away(blocks):
+    if fate == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+if jax.process_index() == 1:
+    checkpoint.hash_blocks = stays_away
+try:
+    with checkpoint.Checkpointer(directory, timeouts=timeouts) as checkpointer:
+        checkpointer.save(1, state, {}, {})
+        print("saves", flush=True)
+except PeerError as error:
+    print(error, flush=True)
+    leave(error.exit_code, str(error))
+"""
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("fate", ["killed", "slow"])
+def test_a_process_that_does_not_save_ends_the_others_by_75(tmp_path: Path, fate: str) -> None:
+    directory = tmp_path / "checkpoints"
+    with Group(tmp_path / "logs", [str(directory), fate], 2, code={0: LOSES_ONE, 1: LOSES_ONE}) as group:
+        assert group.wait(300) == {0: 75, 1: -signal.SIGKILL if fate == "killed" else 75}
+        told = group.text(0)
+    name = re.escape(f"process 1 ({socket.gethostname()})")
+    assert re.search(rf"saving step 1 to {directory} failed: save: {name} did not come within \d+ s", told)
+    assert (f"process 1 ({socket.gethostname()}) gives no sign of life" in told) == (fate == "killed")
+    assert not (directory / "1").exists()

@@ -99,6 +99,8 @@ def _call(port: int, me: Member, timeout: float) -> list[str]:
                 _send(connection, {"error": problem, "exit_code": code})
                 break
             there[member.index] = (member, connection)
+            # One that has gone since does not count; started anew, it comes again.
+            there = {index: found for index, found in there.items() if not _closed(found[1])}
         else:
             hosts = [me.host] + [there[index][0].host for index in range(1, me.count)]
             for _, connection in there.values():

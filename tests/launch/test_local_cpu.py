@@ -61,7 +61,9 @@ def test_two_processes_form_a_cluster(tmp_path: Path) -> None:
     avlm.write_text(f"#!/bin/sh\nexec {sys.executable} -m tests.stepping {tmp_path} 3\n")
     avlm.chmod(0o755)
     group = ("--processes", "2", "--port", str(free_port()), "--devices", "4", "--max-restarts", "0")
-    process = start(avlm.parent, *group, "--", "--config", "c.py", "--workdir", "w")
+    process = start(
+        avlm.parent, *group, "--", "--config", "c.py", "--workdir", "w", cwd=bare_checkout(tmp_path)
+    )
     told, _ = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert "[0] step 3" in told, told
@@ -91,15 +93,20 @@ sys.exit(code)
 """
 
 
+def bare_checkout(tmp_path: Path) -> Path:
+    """Without a .venv, so that the path decides which `avlm` runs."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    (checkout / "launch").symlink_to(LAUNCH)
+    return checkout
+
+
 def group(tmp_path: Path, codes: list[int | None], *options: str) -> subprocess.Popen[str]:
     stand_ins = StandIns(tmp_path)
     stand_ins.add("avlm", AVLM.format(folder=str(tmp_path), codes=codes))
-    checkout = tmp_path / "checkout"  # Without a .venv.
-    checkout.mkdir()
-    (checkout / "launch").symlink_to(LAUNCH)
     return start(
         stand_ins.path, "--processes", "2", "--port", "4711", *options,
-        "--", "--config", "c.py", "--workdir", "w", cwd=checkout,
+        "--", "--config", "c.py", "--workdir", "w", cwd=bare_checkout(tmp_path),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from avlm_jax.encoders.beats import BeatsConfig
 from avlm_jax.encoders.siglip import SiglipConfig
+from avlm_jax.layers.mask import causal_mask
 from avlm_jax.llm.decoder import Decoder
 from avlm_jax.weights import beats, qwen2, siglip
 from avlm_jax.weights.table import flatten
@@ -34,7 +35,7 @@ def test_language_models(name):
     assert count(expected) == total
     decoder = Decoder(decoder_config(config))
     embeddings, positions = jnp.zeros((1, 2, config["hidden_size"])), jnp.zeros((1, 2), jnp.int32)
-    made = jax.eval_shape(decoder.init, jax.random.key(0), embeddings, positions, jnp.ones((1, 2, 2), bool))
+    made = jax.eval_shape(decoder.init, jax.random.key(0), embeddings, positions, causal_mask(positions + 1))
     assert shapes(made["params"]) == shapes(expected)
 
 

@@ -11,7 +11,8 @@ import pytest
 from tests.multidevice.one_step import LEARNING_RATE, SOURCES, prepare
 from tests.process_group import Group
 
-pytestmark = pytest.mark.multidevice
+# Slow: some twenty programs are compiled, minutes on two cores.
+pytestmark = [pytest.mark.multidevice, pytest.mark.slow]
 
 PROGRAM = "import runpy; runpy.run_module('tests.multidevice.one_step', run_name='__main__', alter_sys=True)"
 DEADLINE = 1800.0  # Seconds; a cold compilation cache on a busy machine.

@@ -113,7 +113,9 @@ def test_a_fresh_adapter_is_the_identity_on_both_sides(tmp_path):
     assert torch.equal(peer_logits(wrapped), untouched)
     # Drawn by us: the same leaves, of the same shapes.
     embeddings, positions = jnp.zeros((1, 2, SIZES["hidden_size"])), jnp.zeros((1, 2), jnp.int32)
-    shapes = jax.eval_shape(decoder.init, jax.random.key(0), embeddings, positions, jnp.ones((1, 2, 2), bool))
+    shapes = jax.eval_shape(
+        decoder.init, jax.random.key(0), embeddings, positions, causal_mask(positions + 1)
+    )
     assert {path: leaf.shape for path, leaf in flatten(shapes["params"]).items()} == {
         path: leaf.shape for path, leaf in drawn.items()
     }

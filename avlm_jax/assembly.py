@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from avlm_jax.config import ConfigError, to_dataclass
 from avlm_jax.lora import MERGED, merge_stacked, retired_updates
-from avlm_jax.models.api import System, build_system, init_params
+from avlm_jax.models.api import System, abstract_params, build_system, init_params, smallest_batch
 from avlm_jax.quantize import SCALE, abstract_frozen, check_frozen_dtype, quantise
 from avlm_jax.sharding import check_heads, make_mesh, param_shardings
 from avlm_jax.state import Tree, flatten, unflatten
@@ -170,17 +169,12 @@ class Assembly:
 
     def abstract_params(self) -> Tree:
         """Shape and dtype of every parameter as it is drawn; nothing is computed."""
-        return jax.eval_shape(lambda: init_params(self.system, self._zeros(), 0))
+        return abstract_params(self.system)
 
     def abstract_parameters(self, *, fp32: Collection[str] = (), without: Collection[str] = ()) -> Tree:
         """Shape and dtype of everything that `parameters` gives, of which these arguments are; nothing is computed."""
         parts = {part: tree for part, tree in self.abstract_params().items() if part not in without}
         return abstract_frozen(parts, self.config.frozen_dtype, fp32)
-
-    def _zeros(self) -> dict[str, jax.Array]:
-        length = self.system.num_media_tokens + 8
-        shapes = self.system.spec.batch_shapes(1, length)
-        return {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
 
     def parameters(
         self,
@@ -234,7 +228,7 @@ class Assembly:
 
         def draw() -> dict[str, jax.Array]:
             # Only what is asked for leaves the program, so XLA never draws the backbones.
-            tree, found = flatten(init_params(self.system, self._zeros(), self.config.seed)), {}
+            tree, found = flatten(init_params(self.system, smallest_batch(self.system), self.config.seed)), {}
             for path in missing:
                 if path in updates:
                     found[path] = tree[path]  # Converted when the adapters are in.

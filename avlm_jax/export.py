@@ -28,20 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from avlm_jax import model_card, staging
 from avlm_jax.assembly import Assembly, assemble, check_sizes, check_updates, check_weights, open_backbone
-from avlm_jax.checkpoint import CheckpointError, load_tree
 from avlm_jax.config import ConfigError, apply_overrides, config_to_json
 from avlm_jax.generate import checkpoint_config, find_stop_ids, trained_stage
 from avlm_jax.lora import MERGED, is_lora, retired_updates
-from avlm_jax.models.api import init_params
+from avlm_jax.models.api import init_params, smallest_batch
 from avlm_jax.published import find_lineage, find_reports, find_stage
 from avlm_jax.quantize import float_dtype
+from avlm_jax.stage_result import load_tree
 from avlm_jax.state import Tree, flatten, unflatten
+from avlm_jax.storage import CheckpointError
 from avlm_jax.weights import qwen2
 from avlm_jax.weights.beats import save_beats
 from avlm_jax.weights.connector import save_connector
@@ -288,12 +288,10 @@ def _draw(assembly: Assembly, paths: tuple[str, ...]) -> dict[str, np.ndarray]:
     if not paths:
         return {}
     config = assembly.config
-    shapes = assembly.system.spec.batch_shapes(1, assembly.system.num_media_tokens + 8)
 
     @jax.jit
     def draw() -> dict[str, jax.Array]:
-        zeros = {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
-        drawn = flatten(init_params(assembly.system, zeros, config.seed))
+        drawn = flatten(init_params(assembly.system, smallest_batch(assembly.system), config.seed))
         return {path: drawn[path].astype(float_dtype(config.frozen_dtype)) for path in paths}
 
     return {path: np.asarray(leaf).astype(np.float32) for path, leaf in jax.device_get(draw()).items()}

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from avlm_jax.chips import Chip
+from avlm_jax.chips import GIB, Chip
 from avlm_jax.flops import Flops
 
 # Metrics that differ between two runs of the same steps; all others are the same to the last bit on the same TPUs or CPUs. GPUs
@@ -33,7 +33,6 @@ TIMED = frozenset(
     {"tokens_per_s", "positions_per_s", "samples_per_s", "step_s", "step_s_max", "mfu", "hfu"}
     | {"data_wait", "compile_s", "memory_gib", "memory_peak_gib"}
 )
-GIB = 2**30
 
 
 class Shape(NamedTuple):

@@ -13,6 +13,7 @@ others end as well, so that a launcher can start all of them again.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
 import os
@@ -137,6 +138,9 @@ def initialize(timeouts: Timeouts) -> None:
     found = peers.Peers(distributed.global_state.client, launch.index, hosts, timeouts.late, timeouts.ready)
     peers.enter(found)
     found.start()
+    # Runs before what JAX and the interpreter do at exit: a thread that comes back from the store's C++ while the interpreter
+    # is being taken down ends a finished process by SIGABRT.
+    atexit.register(found.stop)
 
 
 def find_launch(environment: Mapping[str, str], timeout: float) -> Launch | None:

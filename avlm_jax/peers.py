@@ -289,9 +289,9 @@ class Peers:
             self.leave(failed["code"])
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread, unless it hangs with the store."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(ANSWER_SECONDS)
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

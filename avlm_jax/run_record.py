@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from avlm_jax.checkpoint import versions
+from avlm_jax import __version__
 
 RUNS_FILE = "runs.jsonl"
 COMMIT_FILE = "launch/commit.txt"
@@ -56,6 +58,15 @@ def record_start(
     with (directory / RUNS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return line
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on besides configuration and data."""
+    import flax
+    import optax
+
+    found = {"python": platform.python_version(), "avlm_jax": __version__}
+    return found | {m.__name__: m.__version__ for m in (jax, flax, optax, np)}
 
 
 def installed(packages: Sequence[str]) -> dict[str, str]:

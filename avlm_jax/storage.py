@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from etils import epath
 
+from input_pipeline.errors import UserError
+
 logger = logging.getLogger(__name__)
 
 STAGED, REPLACED = ".tmp", ".old"
@@ -23,6 +25,10 @@ MISPLACED = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 # (https://abseil.io/docs/cpp/guides/status-codes). ABORTED: a bucket that did not answer however often it was asked.
 TROUBLE = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED): ")
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint is damaged, does not fit the run that asks for it, or could not be written."""
 
 
 def resolve(path: str | os.PathLike) -> epath.Path:

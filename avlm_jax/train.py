@@ -32,7 +32,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble, check_weights
-from avlm_jax.checkpoint import Checkpointer, save_tree, versions
+from avlm_jax.checkpoint import Checkpointer
 from avlm_jax.chips import find_chip
 from avlm_jax.config import (
     ConfigError,
@@ -59,8 +59,9 @@ from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.peers import PUBLISHES, SAVES
 from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.run_record import record_start
+from avlm_jax.run_record import record_start, versions
 from avlm_jax.sharding import put_batch, replicated, share_of_batch
+from avlm_jax.stage_result import save_tree
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, abstract_state, count_micro_batches, create_state, make_step
 from avlm_jax.training_plot import save_training_plot
@@ -169,7 +170,6 @@ def run_stage(
     first = is_first()  # The process that writes what there is one of.
     if first and watched.wandb:
         import_wandb(watched.wandb)
-    builder = assembly.of_stage(name).builder(max_length=stage.max_length)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
     try:
         trained = flatten(split(assembly.abstract_params(), stage.trainable)[0])
@@ -179,26 +179,8 @@ def run_stage(
     sources, idle = open_features(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )
-    try:
-        micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
-    except ValueError as error:
-        raise ConfigError(f"config.stage.{name}: {error}") from error
-    share, shares = share_of_batch(mesh)
     # What is wrong with the data is told before gigabytes of weights are read.
-    loader = Loader(
-        sources,
-        builder,
-        batch_size=stage.batch_size,
-        accumulate=micro_batches,
-        buckets=stage.buckets,
-        pack=stage.pack,
-        oversize=stage.oversize,
-        seed=config.seed,
-        process_index=share,
-        process_count=shares,
-        threads=config.loader.threads,
-        workers=config.loader.workers,
-    )
+    loader, micro_batches = open_loader(assembly, name, stage, sources, mesh)
     # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
     total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
     check_same_plan(name, {**loader.state(), "steps": total})
@@ -260,6 +242,33 @@ def run_stage(
         save_training_plot(workdir / name)
 
 
+def open_loader(
+    assembly: Assembly, name: str, stage: StageConfig, sources: Mapping[str, SourceConfig], mesh: Mesh
+) -> tuple[Loader, int]:
+    """The rows of each batch that this process's devices hold, and in how many micro-batches they come."""
+    try:
+        micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
+    except ValueError as error:
+        raise ConfigError(f"config.stage.{name}: {error}") from error
+    share, shares = share_of_batch(mesh)
+    config = assembly.config
+    loader = Loader(
+        sources,
+        assembly.of_stage(name).builder(max_length=stage.max_length),
+        batch_size=stage.batch_size,
+        accumulate=micro_batches,
+        buckets=stage.buckets,
+        pack=stage.pack,
+        oversize=stage.oversize,
+        seed=config.seed,
+        process_index=share,
+        process_count=shares,
+        threads=config.loader.threads,
+        workers=config.loader.workers,
+    )
+    return loader, micro_batches
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What the loop of one stage is to do.
@@ -300,7 +309,7 @@ def loop(
 ) -> TrainState:
     """Steps `work.start`..`work.total`. Metrics are read one step late, so that the host never waits for the device."""
     config, mesh, total = work.config, work.mesh, work.total
-    stream = sys.stderr if is_first() else io.StringIO()
+    stream = sys.stderr if is_first() else io.StringIO()  # The others have no progress to show.
     console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
     nonfinite = Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None

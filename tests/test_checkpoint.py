@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 
 from avlm_jax import checkpoint, optim
-from avlm_jax.checkpoint import Checkpointer, CheckpointError, load_tree, save_tree
+from avlm_jax.checkpoint import Checkpointer
 from avlm_jax.digests import digest_json
 from avlm_jax.rendezvous import PeerError
+from avlm_jax.stage_result import load_tree, save_tree
 from avlm_jax.state import TrainState, flatten, unflatten
-from avlm_jax.storage import resolve
+from avlm_jax.storage import CheckpointError, resolve
 from tests import fake_gcs
 
 # Orbax's readers are coroutines; when one fails on a damaged file its siblings complain at collection.

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
 from avlm_jax.config import load_config
 from avlm_jax.flops import PARTS, count, decoder_work, siglip_work, step_flops
-from avlm_jax.models.api import build_system, init_params
+from avlm_jax.models.api import abstract_params, build_system, init_params
 from avlm_jax.models.savenvideo import SaveNVideo
 from avlm_jax.state import flatten, merge, split, unflatten
 from input_pipeline.spec import FeatureShapes
@@ -148,13 +147,7 @@ def test_xla_counts_the_same_where_nothing_is_scanned() -> None:
 
 def full_size() -> tuple[SaveNVideo, list[str]]:
     system = system_of(size="7b", remat="full")
-    params = jax.eval_shape(lambda: init_params(system, zeros(system), 0))
-    return system, list(flatten(params))
-
-
-def zeros(system: SaveNVideo) -> dict[str, jax.Array]:
-    shapes = system.spec.batch_shapes(1, system.num_media_tokens + 8)
-    return {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
+    return system, list(flatten(abstract_params(system)))
 
 
 def test_a_token_on_a_frozen_base_costs_four_operations_a_weight() -> None:

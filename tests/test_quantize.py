@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.backbones.language import TextBatcher, logits_of, loss_and_hits
-from avlm_jax.checkpoint import load_tree
 from avlm_jax.config import ConfigError
 from avlm_jax.generate import Generator, load_model
 from avlm_jax.layers.mask import causal_mask
@@ -37,6 +36,7 @@ from avlm_jax.quantize import (
     quantise,
 )
 from avlm_jax.sharding import make_mesh, param_shardings
+from avlm_jax.stage_result import load_tree
 from avlm_jax.state import flatten, split, unflatten
 from avlm_jax.step import abstract_inputs
 from avlm_jax.weights.qwen2 import load_qwen2

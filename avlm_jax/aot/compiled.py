@@ -27,9 +27,8 @@ from ml_collections import ConfigDict
 
 from avlm_jax.aot import hlo, traffic
 from avlm_jax.aot.topologies import Slice, describe_topology
-from avlm_jax.assembly import Assembly
 from avlm_jax.config import ConfigError, to_dataclass
-from avlm_jax.models.api import System, build_system
+from avlm_jax.models.api import System, abstract_params, build_system
 from avlm_jax.sharding import check_heads, make_mesh
 from avlm_jax.state import Tree
 from avlm_jax.step import StepInputs, abstract_inputs, count_micro_batches, make_step
@@ -52,7 +51,8 @@ class Setup:
     """A stage's step on a slice, ready to be compiled.
 
     Attributes:
-        assembly: of the configuration; it has no tokenizer.
+        config: that it was made from.
+        system: the model.
         name, stage: which stage.
         slice_: where.
         mesh: over the slice's devices.
@@ -63,7 +63,8 @@ class Setup:
         inputs: shapes and shardings of the step's arguments.
     """
 
-    assembly: Assembly
+    config: ConfigDict
+    system: System
     name: str
     stage: StageConfig
     slice_: Slice
@@ -74,10 +75,6 @@ class Setup:
     video: str
     audio: str
     inputs: StepInputs
-
-    @property
-    def config(self) -> ConfigDict:
-        return self.assembly.config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +161,6 @@ def prepare(
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     # No tokenizer, so no id that it leaves free; all that the program needs is one beyond the language model's table.
     system = build_system(config, media_token_id=config.model.llm.vocab_size)
-    assembly = Assembly(config, None, system, name)  # type: ignore[arg-type]
     topology = describe_topology(slice_)
     sizes = {**config.mesh.to_dict(), **(mesh or {})}
     try:
@@ -183,7 +179,7 @@ def prepare(
     modalities = {modality for source in stage.sources.values() for modality in source.modalities}
     video, audio, features, without = _media(system, modalities, stage.features)
     inputs = abstract_inputs(
-        _abstract_params(assembly.system),
+        _abstract_params(system),
         stage.trainable,
         stage.optim,
         placed,
@@ -197,7 +193,8 @@ def prepare(
     )
     shares = placed.shape["data"] * placed.shape["fsdp"]
     return Setup(
-        assembly,
+        config,
+        system,
         name,
         stage,
         slice_,
@@ -214,7 +211,7 @@ def prepare(
 @functools.lru_cache(maxsize=8)
 def _abstract_params(system: System) -> Tree:
     """Tracing it takes a second, and a search asks again and again."""
-    return Assembly(ConfigDict(), None, system).abstract_params()  # type: ignore[arg-type]
+    return abstract_params(system)
 
 
 def _media(
@@ -246,7 +243,7 @@ def compile_step(
     """
     inputs, k = setup.inputs, setup.micro_batches
     step = make_step(
-        setup.assembly.system,
+        setup.system,
         dataclasses.replace(setup.stage.optim, lr=0.0),
         setup.config.loss_chunk,
         inputs.state,

@@ -186,9 +186,9 @@ def make_report(setup: Setup, program: Program | OutOfMemory) -> Report:
 
 def flops_of(setup: Setup) -> Flops:
     """Operations of an optimizer step over all devices."""
-    backend = setup.assembly.system.llm_config.attention_backend
+    backend = setup.system.llm_config.attention_backend
     return step_flops(
-        setup.assembly.system,
+        setup.system,
         flatten(setup.inputs.state.trainable).keys(),
         rows=setup.stage.batch_size,
         length=setup.length,

@@ -101,12 +101,12 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
     "offload" only where nothing else fits: the estimate lets its transfers to the host and back take no time.
     """
-    fitting = [trial for trial in trials if trial.fits and trial.report.time is not None]
-    return min(
-        fitting,
-        key=lambda trial: (trial.remat == "offload", trial.report.time.slowest),  # type: ignore[union-attr]
-        default=None,
-    )
+    ranked = [
+        (trial.remat == "offload", trial.report.time.slowest, trial)
+        for trial in trials
+        if trial.fits and trial.report.time is not None
+    ]
+    return min(ranked, key=lambda found: found[:2])[2] if ranked else None
 
 
 def format_trials(trials: Sequence[Trial]) -> str:

@@ -197,3 +197,14 @@ def init_params(system: System, batch: dict[str, jax.Array], seed: int) -> dict:
         return module.loss_sums(batch, chunk=64)[0]
 
     return system.init(jax.random.key(seed), batch, method=touch)["params"]
+
+
+def smallest_batch(system: System) -> dict[str, jax.Array]:
+    """One row of zeros, just long enough for its media: what drawing parameters needs of a batch."""
+    shapes = system.spec.batch_shapes(1, system.num_media_tokens + 8)
+    return {key: jnp.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()}
+
+
+def abstract_params(system: System) -> dict:
+    """Shape and dtype of every parameter as it is drawn; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(system, smallest_batch(system), 0))

@@ -33,7 +33,7 @@ def test_nothing_is_read_from_disk(config: ConfigDict) -> None:
     setup = prepare(config, "2a", ONE)
     assert (setup.rows, setup.micro_batches, setup.length) == (16, 1, 120)
     assert setup.inputs.batch["tokens"].shape == (16, 120)
-    assert setup.assembly.system.media_token_id >= config.model.llm.vocab_size
+    assert setup.system.media_token_id >= config.model.llm.vocab_size
 
 
 def test_rows_per_device_make_micro_batches(config: ConfigDict) -> None:
@@ -44,7 +44,7 @@ def test_rows_per_device_make_micro_batches(config: ConfigDict) -> None:
 
 def test_an_option_leaves_the_configuration_alone(config: ConfigDict) -> None:
     setup = prepare(config, "2a", ONE, remat="full")
-    assert setup.assembly.system.llm_config.remat == "full"
+    assert setup.system.llm_config.remat == "full"
     assert config.model.llm.remat == "none"
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly, assemble
-from avlm_jax.checkpoint import TREE_FILE, load_tree
+from avlm_jax.stage_result import TREE_FILE, load_tree
 from avlm_jax.state import flatten
 from avlm_jax.writer import read_metrics
 from tests.process_group import SAVE_EVERY, STAGE, STEPPING, STEPS, Group, TinyRun, make_run
@@ -60,6 +60,15 @@ def test_a_slow_process_is_named_and_waited_for(tmp_path: Path) -> None:
     assert re.search(rf"{re.escape(SECOND)} is [23] s late at step 3; it waits for data", told)
     assert re.search(rf"{re.escape(SECOND)} goes on after \d+ s", told)
     assert "step 80" in told and "late" not in group.text(1)
+
+
+def test_processes_that_have_finished_end_by_0(tmp_path: Path) -> None:
+    """A thread that talks to the coordinator while the interpreter is taken down would end half of them by SIGABRT."""
+    busy = f"from avlm_jax import peers; peers.BEAT_SECONDS = 0.0005; {STEPPING}"
+    for attempt in range(2):
+        folder = tmp_path / str(attempt)
+        with Group(folder / "logs", [str(folder), "2"], 4, code=dict.fromkeys(range(4), busy)) as group:
+            assert group.wait() == dict.fromkeys(range(4), 0), group.text(0)
 
 
 def test_a_loader_that_hangs_ends_the_run_with_stacks(tmp_path: Path) -> None:

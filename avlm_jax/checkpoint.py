@@ -37,7 +37,7 @@ from avlm_jax.multihost import Timeouts
 from avlm_jax.rendezvous import PeerError
 from avlm_jax.state import TrainState, fields_of, flatten_state
 from avlm_jax.step_folders import MANIFEST_FILE, StepFolders
-from avlm_jax.storage import is_trouble, resolve
+from avlm_jax.storage import CheckpointError, is_trouble, resolve
 from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:

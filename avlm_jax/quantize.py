@@ -109,7 +109,7 @@ def dequantise(
 def int8_matmul(
     x: Float[Array, "... in"],
     kernel: Int8[Array, "in out"],
-    scale: Float[Array, "out"],
+    scale: Float[Array, " out"],
     axes: Axes = (None, None),
 ) -> Float[Array, "... out"]:
     """x times the kernel, in x's dtype, in which the int8 values are exact; scaled in fp32 and rounded once.

@@ -106,7 +106,7 @@ class Tokens:
 
 
 def touches(
-    spans: Float[Array, "b k 2"], duration: Float[Array, "b"], groups: int
+    spans: Float[Array, "b k 2"], duration: Float[Array, " b"], groups: int
 ) -> Bool[Array, "b groups k"]:
     """Whether an interval (seconds) has a moment in common with each of `groups` equal shares of the duration."""
     first, last = share_of(spans[..., 0], duration, groups), share_of(spans[..., 1], duration, groups)
@@ -192,7 +192,7 @@ def half_grid(features: Float[Array, "b t p e"], grid: int) -> Float[Array, "b t
     return jax.image.resize(square, (b * t, side, side, e), "bilinear").reshape(b, t, side * side, e)
 
 
-def share_of(seconds: Float[Array, "b k"], duration: Float[Array, b], groups: int) -> Int[Array, "b k"]:
+def share_of(seconds: Float[Array, "b k"], duration: Float[Array, " b"], groups: int) -> Int[Array, "b k"]:
     """Which of `groups` equal shares of the duration a time falls into, 0..groups-1; 0 for an image."""
     relative = seconds / jnp.maximum(duration, 1e-6)[:, None]
     return jnp.clip(jnp.floor(relative * groups), 0, groups - 1).astype(jnp.int32)
@@ -212,7 +212,7 @@ class Resampler(nn.Module):
 
     @nn.compact
     def __call__(
-        self, visual: Tokens, audio: Tokens, time: Tokens, duration: Float[Array, b]
+        self, visual: Tokens, audio: Tokens, time: Tokens, duration: Float[Array, " b"]
     ) -> tuple[Float[Array, "b n o"], Bool[Array, "b n"]]:
         """Media tokens and which of them mean anything: a token that could read no picture and no sound is masked.
 

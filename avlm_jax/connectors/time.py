@@ -53,7 +53,7 @@ class TemporalLinearProjection(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, seconds: Float[Array, "b n"], duration: Float[Array, b]) -> Float[Array, "b n d"]:
+    def __call__(self, seconds: Float[Array, "b n"], duration: Float[Array, " b"]) -> Float[Array, "b n d"]:
         """fp32 tokens; `duration` in seconds makes the relative part t/D (0 for an image, whose duration is 0)."""
         c = self.config
         if c.f == "table":

@@ -69,7 +69,7 @@ def cudnn_attention(
 
 def right_padded(
     queries: Int[Array, "b t"], keys: Int[Array, "b s"]
-) -> tuple[Int[Array, "b"], Bool[Array, ""]]:
+) -> tuple[Int[Array, " b"], Bool[Array, ""]]:
     """(keys per row, whether these say it all): ids of keys are ones, then zeros, and no query has another id than 0 or 1."""
     lengths = jnp.sum(keys > 0, axis=1, dtype=jnp.int32)
     expected = (jnp.arange(keys.shape[1])[None] < lengths[:, None]).astype(keys.dtype)

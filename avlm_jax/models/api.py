@@ -75,7 +75,7 @@ class System(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must encode pictures")
 
     def encode_audio(
-        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, "n"]
+        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, " n"]
     ) -> Float[Array, "n k d"]:
         """Features of audio windows as `media_tokens` takes them, each independent of the others.
 
@@ -141,7 +141,7 @@ class System(nn.Module):
         return self._head(hidden), cache, keys > 0
 
     def extend(
-        self, tokens: Int[Array, b], positions: Int[Array, b], cache: KVCache, seen: Bool[Array, "b s"]
+        self, tokens: Int[Array, " b"], positions: Int[Array, " b"], cache: KVCache, seen: Bool[Array, "b s"]
     ) -> tuple[Float[Array, "b v"], KVCache, Bool[Array, "b s"]]:
         """One more token per row: fp32 logits for the next one, the advanced cache and its filled slots."""
         llm: Decoder = self.llm

@@ -33,7 +33,7 @@ def valid_samples(spans: Float[Array, "... 2"], mask: Bool[Array, "..."]) -> Flo
     return jnp.where(mask, jnp.round((spans[..., 1] - spans[..., 0]) * SAMPLE_RATE), 0.0)
 
 
-def valid_fbank_frames(samples: Float[Array, "n"], num_frames: int) -> Bool[Array, "n f"]:
+def valid_fbank_frames(samples: Float[Array, " n"], num_frames: int) -> Bool[Array, "n f"]:
     """Which filterbank frames lie wholly in so many first samples, as the filterbank counts.
 
     The tolerance of half a hop is what fp32 seconds can be off by two hours into a film.
@@ -173,7 +173,7 @@ class SaveNVideo(System):
         return self.vision(frames)
 
     def encode_audio(
-        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, "n"]
+        self, audio: Float[Array, "n s"], spans: Float[Array, "n 2"], mask: Bool[Array, " n"]
     ) -> Float[Array, "n k e"]:
         samples = valid_samples(spans, mask)
         audio = jnp.where(jnp.arange(audio.shape[-1])[None] < samples[:, None], audio, 0.0)

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
+from avlm_jax.layers.dropout import Dropout
 from avlm_jax.quantize import SCALE, int8_matmul
 
 # Every linear layer of a Qwen2/LLaMA block; the LLaVA family adapts all but the output head (haotian-liu/LLaVA).
@@ -81,7 +82,7 @@ class LoraDense(nn.Module):
         if self.lora is not None and self.lora.rank > 0:
             a = self.param("lora_a", A_INIT, (width, self.lora.rank))
             b = self.param("lora_b", nn.initializers.zeros, (self.lora.rank, self.features))
-            z = nn.Dropout(self.lora.dropout, deterministic=not self.has_rng("dropout"))(x)
+            z = Dropout(self.lora.dropout)(x)
             y = y + (z @ a.astype(self.dtype)) @ b.astype(self.dtype) * (self.lora.alpha / self.lora.rank)
         return y
 

@@ -79,21 +79,22 @@ def _power_by_fft(frames: Float[Array, "*b frames 400"]) -> Float[Array, "*b fra
 
 
 def _power_by_product(frames: Float[Array, "*b frames 400"]) -> Float[Array, "*b frames 257"]:
-    """The same by a product with the Fourier matrix, which is what a TPU is made for: XLA has no fast transform there, and
-    what it puts in its place takes half a minute to compile.
+    """The same by a product with the Fourier matrix, which is what a TPU is made for: XLA has no fast transform there, and what
+    it puts in its place takes a minute of CPU time to compile for v6e (measured: 60 to 75 s, this 17 s; 12 and 15 s for v5e).
     """
-    exact = jax.lax.Precision.HIGHEST
-    parts = (jnp.matmul(frames, jnp.asarray(part, jnp.float32), precision=exact) for part in fourier_matrix())
-    return sum(jnp.square(part) for part in parts)
+    matrix = jnp.asarray(fourier_matrix(), jnp.float32)
+    parts = jnp.matmul(frames, matrix, precision=jax.lax.Precision.HIGHEST)
+    real, imaginary = jnp.split(parts, 2, axis=-1)
+    return jnp.square(real) + jnp.square(imaginary)
 
 
 @functools.cache
-def fourier_matrix() -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary part, each f64[400 257], of the transform of 400 samples padded to 512."""
+def fourier_matrix() -> np.ndarray:
+    """f64[400 514], real parts beside imaginary ones, of the transform of 400 samples padded to 512."""
     # Reduced before the division: an angle keeps its last bits.
     turns = np.outer(np.arange(FRAME_LENGTH), np.arange(FFT_SIZE // 2 + 1)) % FFT_SIZE
     angles = -2.0 * np.pi * turns / FFT_SIZE
-    return np.cos(angles), np.sin(angles)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def kaldi_fbank(waveform: Float[Array, "*b s"]) -> Float[Array, "*b frames 128"]:

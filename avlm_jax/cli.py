@@ -201,7 +201,8 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in MENDABLE_NUMBERS:
         return f"{error.filename or 'the disk'}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"no space left on the disk{f' while writing {error.filename}' if error.filename else ''}"
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the disk{where}; make some, then start the same command again"
     return None
 
 

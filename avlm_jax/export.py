@@ -121,7 +121,7 @@ def export_model(
 
     Args:
         config: the training configuration; config.init names the backbones' folders.
-        learnt: tree of a stage checkpoint, see `checkpoint.load_tree`.
+        learnt: tree of a stage checkpoint, see `stage_result.load_tree`.
         out: the folder; must not exist or be empty.
         adapter: keep the adapter apart instead of merging it.
         metadata: of the stage checkpoint: stage, hash, parent, versions, and the hashes of the backbones that it was

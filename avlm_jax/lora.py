@@ -51,6 +51,8 @@ class LoraConfig:
         unknown = set(self.targets) - set(ALL_TARGETS)
         if unknown:
             raise ValueError(f"lora.targets names {sorted(unknown)}; known: {', '.join(ALL_TARGETS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; it is at least 0 and below 1")
 
 
 class LoraDense(nn.Module):

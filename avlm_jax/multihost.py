@@ -138,9 +138,9 @@ def initialize(timeouts: Timeouts) -> None:
     found = peers.Peers(distributed.global_state.client, launch.index, hosts, timeouts.late, timeouts.ready)
     peers.enter(found)
     found.start()
-    # Runs before what JAX and the interpreter do at exit: a thread that comes back from the store's C++ while the interpreter
-    # is being taken down ends a finished process by SIGABRT.
-    atexit.register(found.stop)
+    # Before what JAX and the interpreter do at exit: there a failure of another process would end this one by SIGABRT, and so
+    # would a thread that comes back from the store's C++ while the interpreter is being taken down.
+    atexit.register(found.finish, SHUTDOWN_SECONDS)
 
 
 def find_launch(environment: Mapping[str, str], timeout: float) -> Launch | None:

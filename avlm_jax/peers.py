@@ -25,7 +25,7 @@ WAIT_SECONDS = 60.0  # Over so long data waits are compared.
 MUCH = 0.1  # Of the time.
 NAMED = 8
 PREFIX = "avlm"
-STOP, FAILED, LEFT, STATUS = "stop", "failed", "left", "status"
+STOP, FAILED, LEFT, FINISHED, STATUS = "stop", "failed", "left", "finished", "status"
 
 # What a process does, in the order in which it comes within a step.
 SETS_UP, WAITS, READS, COMPUTES, SAVES, PUBLISHES = (
@@ -288,10 +288,14 @@ class Peers:
             )
             self.leave(failed["code"])
 
-    def stop(self) -> None:
-        """Ends the thread, unless it hangs with the store."""
+    def finish(self, seconds: float) -> None:
+        """Waits, so long at most, until all have come here, and ends the thread; till then others' failures end this one."""
+        deadline = time.monotonic() + seconds
+        self.post(f"{FINISHED}/{self.index}", "1")
+        while len(self.entries(FINISHED)) < len(self.hosts) and time.monotonic() < deadline:
+            time.sleep(0.05)
         self._ended.set()
-        self._thread.join(ANSWER_SECONDS)
+        self._thread.join(ANSWER_SECONDS)  # It may hang with the store.
 
     def _run(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):

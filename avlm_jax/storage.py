@@ -1,20 +1,23 @@
-"""Disks and buckets under a checkpoint: addresses, replacing a folder as a whole, and what is trouble of the storage itself."""
+"""Disks and buckets under a checkpoint: addresses, replacing a folder as a whole, errors, and what is trouble of the storage
+itself.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+
+from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from etils import epath
-
-from input_pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +53,17 @@ def flush(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """An OSError in here names `path` if it names nothing: writing to an open file on a full disk tells no name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def is_trouble(error: BaseException) -> bool:

@@ -64,6 +64,7 @@ from avlm_jax.sharding import put_batch, replicated, share_of_batch
 from avlm_jax.stage_result import save_tree
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, abstract_state, count_micro_batches, create_state, make_step
+from avlm_jax.storage import naming
 from avlm_jax.training_plot import save_training_plot
 from avlm_jax.watch import Profiler, WatchConfig
 from avlm_jax.watchdog import Watchdog
@@ -71,6 +72,7 @@ from avlm_jax.writer import Console, MetricsWriter, import_wandb
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig
+from input_pipeline.transforms.sample import SampleBuilder
 
 NAMED = 8  # So many samples of a step that failed are named.
 
@@ -154,7 +156,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
                 say(f"stage {name}: finished before, {finals[name]}")
             else:
                 # What is traced may ask for the mesh: activation constraints, attention kernels.
-                with jax.set_mesh(assembly.mesh):
+                with jax.set_mesh(assembly.mesh), naming(workdir / name):
                     run_stage(assembly, name, workdir, assembly.mesh, watchdog, stop)
         ready("the end")
     return finals
@@ -168,6 +170,9 @@ def run_stage(
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     watched = to_dataclass(WatchConfig, config.watch, "watch")
     first = is_first()  # The process that writes what there is one of.
+    builder = assembly.of_stage(name).builder(
+        max_length=stage.max_length
+    )  # What is wrong with text settings comes first.
     if first and watched.wandb:
         import_wandb(watched.wandb)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)
@@ -180,7 +185,7 @@ def run_stage(
         assembly, name, stage.sources, {**flatten(learnt or {}), **trained}, beside=stage.features
     )
     # What is wrong with the data is told before gigabytes of weights are read.
-    loader, micro_batches = open_loader(assembly, name, stage, sources, mesh)
+    loader, micro_batches = open_loader(config, name, stage, sources, builder, mesh)
     # Rounded up: the last samples are trained on as well. (The tolerance is for 0.1 * 30 > 3.)
     total = stage.steps or max(1, math.ceil(loader.batches_in(stage.epochs) - 1e-6))
     check_same_plan(name, {**loader.state(), "steps": total})
@@ -243,18 +248,27 @@ def run_stage(
 
 
 def open_loader(
-    assembly: Assembly, name: str, stage: StageConfig, sources: Mapping[str, SourceConfig], mesh: Mesh
+    config: ConfigDict,
+    name: str,
+    stage: StageConfig,
+    sources: Mapping[str, SourceConfig],
+    builder: SampleBuilder,
+    mesh: Mesh,
 ) -> tuple[Loader, int]:
-    """The rows of each batch that this process's devices hold, and in how many micro-batches they come."""
+    """The rows of each batch that this process's devices hold, and in how many micro-batches they come.
+
+    Raises:
+        ConfigError: the batch does not divide among the devices, or into micro-batches.
+        UserError: records or their text cannot be used.
+    """
     try:
         micro_batches = count_micro_batches(stage.batch_size, stage.rows_per_device, mesh)
     except ValueError as error:
         raise ConfigError(f"config.stage.{name}: {error}") from error
     share, shares = share_of_batch(mesh)
-    config = assembly.config
     loader = Loader(
         sources,
-        assembly.of_stage(name).builder(max_length=stage.max_length),
+        builder,
         batch_size=stage.batch_size,
         accumulate=micro_batches,
         buckets=stage.buckets,

@@ -4,7 +4,8 @@
 
 Each step waits for the others through a device, as a training step does. Keys: timeouts of config.timeouts; `slow=N`,
 process 1's data of step N takes `seconds`; `raises=N`, process 1 fails at step N; `compiles`, step 1 stays outside of Python;
-`sets_up`, the last process takes so many seconds before its first step.
+`sets_up`, the last process takes so many seconds before its first step; `fails_at_the_end`, process 0 fails so many seconds
+after all have ended their steps.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ def main(folder: Path, steps: int, options: dict[str, float]) -> None:
                 time.sleep(0.05)
         ready("at the end")
     say("finished")
+    if me == 0 and (seconds := options.get("fails_at_the_end")):
+        time.sleep(seconds)
+        raise UserError("the disk is full")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from avlm_jax.digests import digest_json
 from avlm_jax.rendezvous import PeerError
 from avlm_jax.stage_result import load_tree, save_tree
 from avlm_jax.state import TrainState, flatten, unflatten
-from avlm_jax.storage import CheckpointError, resolve
+from avlm_jax.storage import CheckpointError, naming, resolve
 from tests import fake_gcs
 
 # Orbax's readers are coroutines; when one fails on a damaged file its siblings complain at collection.
@@ -618,3 +618,12 @@ def test_a_stage_is_published_in_a_bucket(tmp_path: Path, monkeypatch: pytest.Mo
         load_tree("gs://bucket/run/1a/final")
     assert published("gs://bucket/run/1a/final")[1] == digest
     load_tree("gs://bucket/run/1a/final")
+
+
+def test_a_full_disk_that_names_no_file_gets_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, naming(tmp_path):
+        Path("/dev/full").write_text("a line")
+    assert caught.value.filename == str(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught, naming(tmp_path):
+        (tmp_path / "missing").read_text()
+    assert caught.value.filename == str(tmp_path / "missing")

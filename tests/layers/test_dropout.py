@@ -102,21 +102,28 @@ def test_every_kind_of_key_is_read(impl: str) -> None:
 
 
 ON_EIGHT_DEVICES = """
-import jax, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from avlm_jax.layers.dropout import keep_mask
+from avlm_jax.layers.dropout import Dropout
 from avlm_jax.sharding import make_mesh
 
+def forward_and_back(x):
+    layer = Dropout(0.3)
+    apply = lambda x: layer.apply({}, x, rngs={"dropout": jax.random.key(2)})
+    return apply(x), jax.grad(lambda x: jnp.square(apply(x)).sum())(x)
+
+x = jax.random.normal(jax.random.key(0), (8, 16, 64))
+expected = jax.jit(forward_and_back)(x)
 sharding = NamedSharding(make_mesh(data=2, fsdp=2, tensor=2), PartitionSpec(("data", "fsdp"), None, "tensor"))
-shape, key = (8, 16, 64), jax.random.key(2)
-sharded = jax.jit(lambda key: keep_mask(key, 0.3, shape), out_shardings=sharding)(key)
-assert len({str(shard.index) for shard in sharded.addressable_shards}) == 8
-np.testing.assert_array_equal(sharded, keep_mask(key, 0.3, shape))
+found = jax.jit(forward_and_back)(jax.device_put(x, sharding))
+for ours, theirs in zip(found, expected, strict=True):
+    assert len({str(shard.index) for shard in ours.addressable_shards}) == 8
+    np.testing.assert_array_equal(ours, theirs)
 """
 
 
 @pytest.mark.multidevice
-def test_a_sharded_mask_is_the_whole_ones() -> None:
+def test_a_sharded_input_is_dropped_as_a_whole_one() -> None:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

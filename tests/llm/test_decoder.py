@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avlm_jax.layers import dropout
+from avlm_jax.layers.dropout import keep_mask
 from avlm_jax.layers.mask import AttentionMask, causal_mask
 from avlm_jax.llm.decoder import Decoder, DecoderConfig, KVCache
 from avlm_jax.lora import LoraConfig
@@ -117,3 +119,29 @@ def test_fresh_adapter_changes_nothing_and_dropout_needs_a_key(decoder):
     np.testing.assert_array_equal(still, model.apply({"params": params}, x, ones, method=run))
     dropped = dropping.apply({"params": params}, x, ones, method=run, rngs={"dropout": jax.random.key(3)})
     assert not np.allclose(still, dropped)
+
+
+def test_every_projection_of_every_layer_has_a_dropout_mask_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The scan splits the rng by layer, and each module folds its path in."""
+    words: list[tuple[int, ...]] = []
+
+    def spy(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+        jax.debug.callback(lambda data: words.append(tuple(data.tolist())), jax.random.key_data(key))
+        return keep_mask(key, rate, shape)
+
+    monkeypatch.setattr(dropout, "keep_mask", spy)
+    lora = LoraConfig(rank=4, alpha=8.0, dropout=0.5)
+    model = Decoder(DecoderConfig(**{**CONFIG.__dict__, "depth": 3, "lora": lora}))
+    x, ones = jnp.ones((1, LENGTH, CONFIG.width)), jnp.ones((1, LENGTH), jnp.int32)
+    params = model.init(jax.random.key(0), x, ones, method=run)["params"]
+    model.apply({"params": params}, x, ones, method=run, rngs={"dropout": jax.random.key(1)})
+    jax.effects_barrier()
+    assert len(words) == len(set(words)) == 3 * len(lora.targets)
+
+
+@pytest.mark.parametrize("rate", [1.0, -0.1])
+def test_a_dropout_that_is_none_is_an_error(rate: float) -> None:
+    with pytest.raises(ValueError, match="lora.dropout is"):
+        LoraConfig(dropout=rate)

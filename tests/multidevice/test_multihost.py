@@ -68,7 +68,14 @@ def test_processes_that_have_finished_end_by_0(tmp_path: Path) -> None:
     for attempt in range(2):
         folder = tmp_path / str(attempt)
         with Group(folder / "logs", [str(folder), "2"], 4, code=dict.fromkeys(range(4), busy)) as group:
-            assert group.wait() == dict.fromkeys(range(4), 0), group.text(0)
+            assert group.wait() == dict.fromkeys(range(4), 0), "\n".join(map(group.text, group.logs))
+
+
+def test_a_failure_after_the_last_meeting_ends_those_that_have_finished_too(tmp_path: Path) -> None:
+    """As when the process that writes an evaluation's results finds the disk full."""
+    with toy(tmp_path, 2, "fails_at_the_end=3") as group:
+        assert group.wait(60) == {0: 2, 1: 2}
+        assert f"{FIRST} has ended: the disk is full" in group.text(1)
 
 
 def test_a_loader_that_hangs_ends_the_run_with_stacks(tmp_path: Path) -> None:

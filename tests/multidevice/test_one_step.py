@@ -11,8 +11,7 @@ import pytest
 from tests.multidevice.one_step import LEARNING_RATE, SOURCES, prepare
 from tests.process_group import Group
 
-# Slow: some twenty programs are compiled, minutes on two cores.
-pytestmark = [pytest.mark.multidevice, pytest.mark.slow]
+pytestmark = pytest.mark.multidevice  # Some twenty programs are compiled, two minutes on two cores.
 
 PROGRAM = "import runpy; runpy.run_module('tests.multidevice.one_step', run_name='__main__', alter_sys=True)"
 DEADLINE = 1800.0  # Seconds; a cold compilation cache on a busy machine.
@@ -95,7 +94,9 @@ def test_the_step_that_is_compared_moves_parameters(stage: str, one_process: Res
     assert max(np.abs(moment).max() for moment in moments) > 100 * MOMENTS
 
 
-@pytest.mark.parametrize("processes", PROCESSES)
+@pytest.mark.parametrize(
+    "processes", [pytest.param(n, marks=[pytest.mark.slow] if n > 2 else []) for n in PROCESSES]
+)
 def test_processes_that_load_their_own_rows_do_what_one_does(
     processes: int, folder: Path, one_process: Results
 ) -> None:

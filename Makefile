@@ -46,7 +46,7 @@ rebuild:
 demo: $(STAMP)  ## the whole of SAVEnVideo in ten minutes; the report goes to runs/demo (ARGS="..." for options)
 	@$(RUN) -m avlm_jax demo $(ARGS)
 
-test: $(STAMP)  ## lint and tests, ten to fifteen minutes on two cores (ARGS="tests/test_config.py" for some)
+test: $(STAMP)  ## lint and tests, some twenty minutes on two cores (ARGS="tests/test_config.py" for some)
 	@$(RUN) -m ruff check --quiet .
 	@$(RUN) -m ruff format --check . || { echo "Run \`make format\`."; exit 1; }
 	@$(PYTEST) -m "not parity and not slow" $(ARGS)

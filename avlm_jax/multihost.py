@@ -18,7 +18,6 @@ import collections
 import dataclasses
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +44,6 @@ TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 EXIT_DEFECT = 1  # As Python ends after an exception.
 CONNECT_SECONDS = 120  # For JAX, once the roll call is complete.
 SHUTDOWN_SECONDS = 60
-POLL_SECONDS = (0.05, 1.0)  # How often a waiting process looks who is there: first and at most.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,20 +255,16 @@ def gather(name: str, value: str) -> list[str]:
     if (here := peers.current()) is None:
         return [value]
     _met[name] += 1
-    key, begun, pause = f"ready/{name}/{_met[name]}", time.monotonic(), POLL_SECONDS[0]
-    here.post(f"{key}/{here.index}", value)
     before = here.status
     peers.announce(lambda status: dataclasses.replace(status, phase=peers.WAITS))
-    while missing := sorted(set(range(len(here.hosts))) - (found := here.entries(key)).keys()):
-        if time.monotonic() - begun > here.patience:
-            names = ", ".join(here.name(process) for process in missing)
-            told = "; ".join(found.text for found in here.behind() if found.process in missing)
-            raise PeerError(
-                f"{name}: {names} did not come within {here.patience:.0f} s{f' ({told})' if told else ''}; "
-                "see the log of that host, then start all processes again"
-            )
-        time.sleep(pause)
-        pause = min(1.5 * pause, POLL_SECONDS[1])
+    found = here.meet(f"ready/{name}/{_met[name]}", value, here.patience)
+    if missing := sorted(set(range(len(here.hosts))) - found.keys()):
+        names = ", ".join(here.name(process) for process in missing)
+        told = "; ".join(behind.text for behind in here.behind() if behind.process in missing)
+        raise PeerError(
+            f"{name}: {names} did not come within {here.patience:.0f} s{f' ({told})' if told else ''}; "
+            "see the log of that host, then start all processes again"
+        )
     peers.announce(lambda status: dataclasses.replace(status, phase=before.phase))
     return [found[process] for process in range(len(here.hosts))]
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 BEAT_SECONDS = 1.0
 SILENT_BEATS = 5  # So many missed: no sign of life.
+POLL_SECONDS = (0.05, 1.0)  # How often a waiting process looks who is there: first and at most.
 ANSWER_SECONDS = 5.0  # A coordinator that takes longer is stopped or gone.
 LEAVE_SECONDS = 10.0  # How long process 0, which holds the store, stays for the others to read why it ends.
 WAIT_SECONDS = 60.0  # Over so long data waits are compared.
@@ -232,6 +233,15 @@ class Peers:
             return {}
         return {int(name.rpartition("/")[2]): value for name, value in found}
 
+    def meet(self, key: str, value: str, seconds: float) -> dict[int, str]:
+        """Posts <key>/<this process> and waits, so long at most, until all have; what they have posted, by process."""
+        deadline, pause = time.monotonic() + seconds, POLL_SECONDS[0]
+        self.post(f"{key}/{self.index}", value)
+        while len(found := self.entries(key)) < len(self.hosts) and time.monotonic() < deadline:
+            time.sleep(pause)
+            pause = min(1.5 * pause, POLL_SECONDS[1])
+        return found
+
     def behind(self) -> list[Behind]:
         """Who the others wait for, now; it takes a few seconds, whatever has happened to the store."""
         reads: list[dict[int, Status]] = []
@@ -290,10 +300,7 @@ class Peers:
 
     def finish(self, seconds: float) -> None:
         """Waits, so long at most, until all have come here, and ends the thread; till then others' failures end this one."""
-        deadline = time.monotonic() + seconds
-        self.post(f"{FINISHED}/{self.index}", "1")
-        while len(self.entries(FINISHED)) < len(self.hosts) and time.monotonic() < deadline:
-            time.sleep(0.05)
+        self.meet(FINISHED, "1", seconds)
         self._ended.set()
         self._thread.join(ANSWER_SECONDS)  # It may hang with the store.
 

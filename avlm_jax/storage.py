@@ -57,11 +57,11 @@ def flush(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError in here names `path` if it names nothing: writing to an open file on a full disk tells no name."""
+    """That a disk is full names `path` if it names nothing: writing to an open file tells no name. No other error changes."""
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno == errno.ENOSPC and error.filename is None:
             error.filename = str(path)
         raise
 

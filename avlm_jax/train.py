@@ -170,9 +170,8 @@ def run_stage(
     stage = to_dataclass(StageConfig, config.stage[name], f"stage.{name}")
     watched = to_dataclass(WatchConfig, config.watch, "watch")
     first = is_first()  # The process that writes what there is one of.
-    builder = assembly.of_stage(name).builder(
-        max_length=stage.max_length
-    )  # What is wrong with text settings comes first.
+    # What is wrong with text settings is told first.
+    builder = assembly.of_stage(name).builder(max_length=stage.max_length)
     if first and watched.wandb:
         import_wandb(watched.wandb)
     parent_hash, learnt = load_parent(assembly, stage.parent, workdir, fresh_lora=stage.fresh_lora)

@@ -11,7 +11,7 @@ import pytest
 from tests.multidevice.one_step import LEARNING_RATE, SOURCES, prepare
 from tests.process_group import Group
 
-pytestmark = pytest.mark.multidevice  # Some twenty programs are compiled, two minutes on two cores.
+pytestmark = pytest.mark.multidevice  # Some twenty programs are compiled, three minutes on two cores.
 
 PROGRAM = "import runpy; runpy.run_module('tests.multidevice.one_step', run_name='__main__', alter_sys=True)"
 DEADLINE = 1800.0  # Seconds; a cold compilation cache on a busy machine.

@@ -75,6 +75,7 @@ from input_pipeline.mixture import SourceConfig
 from input_pipeline.transforms.sample import SampleBuilder
 
 NAMED = 8  # So many samples of a step that failed are named.
+LEAST = {"log_every": 1, "max_nonfinite": 1, "max_lost_steps": 2, "max_lost_minutes": 0}
 
 
 class TrainingError(UserError):
@@ -134,7 +135,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
         The published folder of each stage.
 
     Raises:
-        ConfigError: a stage of another configuration lies in `workdir`, or a stage's parent is not finished.
+        ConfigError: a stage of another configuration lies in `workdir`, a stage's parent is not finished, or a value of
+            the configuration cannot be used.
         TrainingError: the loss was not finite config.max_nonfinite times in a row.
         PeerError: another process of the run did not come.
         Stopped: by SIGTERM or Ctrl-C; what was learnt is saved.
@@ -143,6 +145,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, Path]:
         raise ConfigError(
             f"--workdir is {workdir}; training writes to a folder: mount the bucket (launch/README.md says how) and name that"
         )
+    for key, least in LEAST.items():
+        if not config[key] >= least:
+            raise ConfigError(f"config.{key} is {config[key]!r}; at least {least} is expected")
     workdir = Path(workdir)
     timeouts = to_dataclass(Timeouts, config.timeouts, "timeouts")
     assembly = assemble(config)
@@ -326,6 +331,9 @@ def loop(
     console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
     nonfinite = Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
+    # Of what a kill may cost, half: a checkpoint that is being written then is lost as well, but never the one before, which
+    # is complete before the next begins.
+    save_every, save_seconds = config.max_lost_steps // 2, 60 * config.max_lost_minutes / 2
     saved = time.monotonic()
 
     def report() -> None:
@@ -347,11 +355,11 @@ def loop(
 
     def due(number: int) -> bool:
         """Whether to save after this step; process 0's clock decides for all."""
-        if number % config.save_every == 0 or number == total:
+        if number % save_every == 0 or number == total:
             return True
-        if number % config.log_every or not config.save_minutes:
+        if number % config.log_every or not save_seconds:
             return False
-        return gather("save", str(time.monotonic() - saved > 60 * config.save_minutes))[0] == str(True)
+        return gather("save", str(time.monotonic() - saved > save_seconds))[0] == str(True)
 
     def save(number: int) -> None:
         nonlocal saved

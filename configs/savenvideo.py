@@ -178,8 +178,10 @@ def full() -> ConfigDict:
             "loss_chunk": 128,
             "max_nonfinite": 5,
             "log_every": 10,
-            "save_every": 200,
-            "save_minutes": 10.0,  # Or when so much time has passed, at a step that is logged; 0: never for that.
+            # What a kill may cost, at most. A checkpoint is begun every half of it, since one that is being written at the
+            # kill does not count.
+            "max_lost_steps": 200,
+            "max_lost_minutes": 10.0,  # Looked at when a step is logged; 0: steps alone count.
             "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
@@ -303,7 +305,13 @@ def demo() -> ConfigDict:
     )
     config.text.update({"tokenizer": f"{backbones}/qwen2", "max_length": 160, "system": ""})
     config.update(
-        {"frozen_dtype": "float32", "log_every": 1, "save_every": 50, "save_minutes": 0.0, "loss_chunk": 64}
+        {
+            "frozen_dtype": "float32",
+            "log_every": 1,
+            "max_lost_steps": 100,
+            "max_lost_minutes": 0.0,
+            "loss_chunk": 64,
+        }
     )
     config.mesh.update({"data": -1, "fsdp": 1})
     records = "runs/demo/records/train"

@@ -90,18 +90,18 @@ class Recipe:
         place: where its data and logs are.
         overrides: of the configuration.
         steps: of the stage.
-        save_every: steps between checkpoints.
+        max_lost: steps that a kill may cost.
         processes: that train together.
     """
 
     place: Path
     overrides: tuple[str, ...]
     steps: int
-    save_every: int
+    max_lost: int
     processes: int = 1
 
     @classmethod
-    def make(cls, place: Path, steps: int, save_every: int, *more: str, processes: int = 1) -> Recipe:
+    def make(cls, place: Path, steps: int, max_lost: int, *more: str, processes: int = 1) -> Recipe:
         """Writes tokenizer and records to `place`."""
         tokenizer = save_tokenizer(place / "tokenizer")
         spec = assemble(tiny_config(tokenizer)).system.spec
@@ -118,11 +118,11 @@ class Recipe:
             f"text.tokenizer={tokenizer}",
             f"stages={STAGE}",
             "log_every=1",
-            f"save_every={save_every}",
+            f"max_lost_steps={max_lost}",
             *(f"stage.{STAGE}.{key}={value}" for key, value in stage.items()),
             *more,
         )
-        return cls(place, overrides, steps, save_every, processes)
+        return cls(place, overrides, steps, max_lost, processes)
 
     def start(self, workdir: Path, **options) -> Run:
         """The command as one process or several."""

@@ -40,7 +40,7 @@ class TinyRun:
             f"stage.{STAGE}.steps={STEPS}",
             f"stage.{STAGE}.batch_size={BATCH}",
             "log_every=1",
-            f"save_every={SAVE_EVERY}",
+            f"max_lost_steps={2 * SAVE_EVERY}",
             *more,
         )
         settings = [f"--config.{override}" for override in overrides]

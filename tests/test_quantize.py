@@ -394,7 +394,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     settings = (
         *SIZES, *backbones, f"text.tokenizer={tokenizer}", "stages=2b", "stage.2b.parent=", "stage.2b.max_length=0",
-        "stage.2b.batch_size=2", f"stage.2b.steps={STEPS}", "stage.2b.optim.lr=0.01", f"save_every={STEPS}",
+        "stage.2b.batch_size=2", f"stage.2b.steps={STEPS}", "stage.2b.optim.lr=0.01", f"max_lost_steps={2 * STEPS}",
         "log_every=1", f"stage.2b.sources.mcq.records={records}", "stage.2b.sources.mcq.tasks=()",
     )  # fmt: skip
     for name in ("bfloat16", "int8"):

@@ -50,7 +50,7 @@ CHAIN = (
     "stage.2b.optim.lr=0.01",
     "model.llm.lora.dropout=0.1",
     "log_every=1",
-    f"save_every={SAVE_EVERY}",
+    f"max_lost_steps={2 * SAVE_EVERY}",
     *(f"stage.{stage}.steps={steps}" for stage, steps in STEPS.items()),
     *(f"stage.{stage}.batch_size={BATCH}" for stage in STEPS),
 )
@@ -488,6 +488,15 @@ def test_steps_without_a_finite_loss_are_skipped_and_too_many_end_the_run(
     run.assert_ended_alike(workdir)
 
 
+@pytest.mark.parametrize("key", train.LEAST)
+def test_numbers_of_the_loop_that_cannot_be_used_are_refused(
+    run: Run, tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = train.LEAST[key] - 1
+    assert cli.main(run.command(tmp_path, f"{key}={value}")) == 2
+    assert f"config.{key} is {float(value) if key.endswith('minutes') else value}" in capsys.readouterr().err
+
+
 def test_it_also_saves_when_minutes_have_passed(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,7 +506,7 @@ def test_it_also_saves_when_minutes_have_passed(
         train.Checkpointer, "save", lambda self, step, *rest: saves.append(step) or save(self, step, *rest)
     )
     workdir = run.workdir_with_first_stage(tmp_path)
-    options = ("stages=2b", "stage.2b.steps=6", "save_every=100", "log_every=2", "save_minutes=1e-9")
+    options = ("stages=2b", "stage.2b.steps=6", "max_lost_steps=100", "log_every=2", "max_lost_minutes=1e-9")
     assert cli.main(run.command(workdir, *options)) == 0
     assert saves == [2, 4, 6]
 
@@ -510,7 +519,7 @@ def test_what_does_not_change_a_result_may_be_changed(run: Run, capsys: pytest.C
         "model.vision.chunk=2",
         "loss_chunk=16",
     )
-    others = ("stage.1a.rows_per_device=1", "mesh.data=1", "save_minutes=1.0", "max_nonfinite=1")
+    others = ("stage.1a.rows_per_device=1", "mesh.data=1", "max_lost_minutes=1.0", "max_nonfinite=1")
     assert cli.main(run.command(run.workdir, *free, *others)) == 0
     assert capsys.readouterr().out.count("finished before") == len(STEPS)
 

@@ -15,9 +15,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoints.stage_result import METADATA_FILE
 from avlm_jax.config import apply_overrides, enable_compilation_cache, load_config
 from avlm_jax.generate import Generator, checkpoint_config, checkpoint_stage, load_model
-from avlm_jax.stage_result import METADATA_FILE
 from input_pipeline.conversation import DoesNotFit, TokenPlan
 from input_pipeline.errors import UserError
 from input_pipeline.media import LoadedMedia, load_media

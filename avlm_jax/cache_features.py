@@ -38,8 +38,8 @@ from avlm_jax.config import (
     to_dataclass,
 )
 from avlm_jax.features import describe_features, feature_counts, features_folder
-from avlm_jax.multihost import Timeouts, initialize, say
-from avlm_jax.preemption import StopSignal
+from avlm_jax.processes.multihost import Timeouts, initialize, say
+from avlm_jax.processes.preemption import StopSignal
 from avlm_jax.sharding import batch_sharding, make_mesh
 from avlm_jax.state import Tree
 from input_pipeline.errors import UserError

@@ -188,7 +188,8 @@ def _run_verb(verb: str, argv: Sequence[str]) -> int:
 
 def _tell_other_processes(how: str, *what: object) -> None:
     """Where there are other processes of a run, they are told how this one ends, and it ends here."""
-    if (multihost := sys.modules.get("avlm_jax.multihost")) is not None:  # Else no verb has begun a run.
+    multihost = sys.modules.get("avlm_jax.processes.multihost")
+    if multihost is not None:  # Else no verb has begun a run.
         getattr(multihost, how)(*what)
 
 

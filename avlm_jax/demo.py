@@ -24,8 +24,8 @@ from avlm_jax.config import ConfigError, enable_compilation_cache, load_config, 
 from avlm_jax.evaluate import evaluate
 from avlm_jax.generate import Model, load_model
 from avlm_jax.models.api import build_system
+from avlm_jax.monitoring.run_record import versions
 from avlm_jax.report import comparison_table, save_timeline
-from avlm_jax.run_record import versions
 from avlm_jax.train import train
 from input_pipeline.manifest import read_manifest
 from input_pipeline.prepare import prepare

@@ -24,8 +24,8 @@ from avlm_jax.evals.multiple_choice import EXTRACTORS, format_report, score_mult
 from avlm_jax.evals.predictions import Prediction, reference_of_sample, write_rows
 from avlm_jax.features import check_readable
 from avlm_jax.generate import DEFAULT_NEW_TOKENS, Generator, load_model
-from avlm_jax.multihost import Timeouts, gather, initialize, is_first, say
-from avlm_jax.preemption import StopSignal
+from avlm_jax.processes.multihost import Timeouts, gather, initialize, is_first, say
+from avlm_jax.processes.preemption import StopSignal
 from avlm_jax.sharding import share_of_batch
 from input_pipeline.errors import UserError
 from input_pipeline.loader import iter_eval, num_eval_batches

@@ -33,15 +33,15 @@ from ml_collections import ConfigDict
 
 from avlm_jax import model_card, staging
 from avlm_jax.assembly import Assembly, assemble, check_sizes, check_updates, check_weights, open_backbone
+from avlm_jax.checkpoints.stage_result import load_tree
+from avlm_jax.checkpoints.storage import CheckpointError
 from avlm_jax.config import ConfigError, apply_overrides, config_to_json
 from avlm_jax.generate import checkpoint_config, find_stop_ids, trained_stage
 from avlm_jax.lora import MERGED, is_lora, retired_updates
 from avlm_jax.models.api import init_params, smallest_batch
 from avlm_jax.published import find_lineage, find_reports, find_stage
 from avlm_jax.quantize import float_dtype
-from avlm_jax.stage_result import load_tree
 from avlm_jax.state import Tree, flatten, unflatten
-from avlm_jax.storage import CheckpointError
 from avlm_jax.weights import qwen2
 from avlm_jax.weights.beats import save_beats
 from avlm_jax.weights.connector import save_connector

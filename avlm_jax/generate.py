@@ -21,13 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble, check_weights
+from avlm_jax.checkpoints.stage_result import CONFIG_FILE, METADATA_FILE, load_tree
+from avlm_jax.checkpoints.storage import CheckpointError
 from avlm_jax.config import apply_overrides, config_from_json, load_config
 from avlm_jax.llm.decoder import KVCache
 from avlm_jax.models.api import System
 from avlm_jax.sharding import put_batch, replicated, rows_of_process
-from avlm_jax.stage_result import CONFIG_FILE, METADATA_FILE, load_tree
 from avlm_jax.state import Tree, flatten
-from avlm_jax.storage import CheckpointError
 from avlm_jax.weights.placement import place_params
 from input_pipeline.conversation import Template, end_of_turn_id
 from input_pipeline.errors import UserError

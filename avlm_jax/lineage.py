@@ -10,10 +10,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, check_weights
+from avlm_jax.checkpoints.stage_result import load_tree
 from avlm_jax.config import ConfigError, config_to_json
 from avlm_jax.lora import retire
-from avlm_jax.multihost import gather
-from avlm_jax.stage_result import load_tree
+from avlm_jax.processes.multihost import gather
 from avlm_jax.state import Tree
 from input_pipeline.errors import UserError
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from avlm_jax.checkpoints.stage_result import METADATA_FILE
 from avlm_jax.evaluate import METRICS
-from avlm_jax.stage_result import METADATA_FILE
 from input_pipeline.errors import UserError
 
 

@@ -32,7 +32,9 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble, check_weights
-from avlm_jax.checkpoint import Checkpointer
+from avlm_jax.checkpoints.checkpoint import Checkpointer
+from avlm_jax.checkpoints.stage_result import save_tree
+from avlm_jax.checkpoints.storage import naming
 from avlm_jax.chips import find_chip
 from avlm_jax.config import (
     ConfigError,
@@ -52,23 +54,21 @@ from avlm_jax.lineage import (
     exists_for_all,
     load_parent,
 )
-from avlm_jax.meter import Meter, Shape
 from avlm_jax.models.api import System
-from avlm_jax.multihost import Timeouts, gather, initialize, is_first, ready, say
+from avlm_jax.monitoring.meter import Meter, Shape
+from avlm_jax.monitoring.run_record import record_start, versions
+from avlm_jax.monitoring.training_plot import save_training_plot
+from avlm_jax.monitoring.watch import Profiler, WatchConfig
+from avlm_jax.monitoring.writer import Console, MetricsWriter, import_wandb
 from avlm_jax.optim import OptimConfig, learning_rate
-from avlm_jax.peers import PUBLISHES, SAVES
-from avlm_jax.preemption import StopSignal
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.run_record import record_start, versions
+from avlm_jax.processes.multihost import Timeouts, gather, initialize, is_first, ready, say
+from avlm_jax.processes.peers import PUBLISHES, SAVES
+from avlm_jax.processes.preemption import StopSignal
+from avlm_jax.processes.watchdog import Watchdog
 from avlm_jax.sharding import put_batch, replicated, share_of_batch
-from avlm_jax.stage_result import save_tree
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
 from avlm_jax.step import TrainStep, abstract_state, count_micro_batches, create_state, make_step
-from avlm_jax.storage import naming
-from avlm_jax.training_plot import save_training_plot
-from avlm_jax.watch import Profiler, WatchConfig
-from avlm_jax.watchdog import Watchdog
-from avlm_jax.writer import Console, MetricsWriter, import_wandb
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig

@@ -150,8 +150,8 @@ def measure_ours(args: argparse.Namespace) -> dict[str, Any]:
     from avlm_jax.chips import find_chip
     from avlm_jax.config import enable_compilation_cache
     from avlm_jax.flops import attention_kernel, step_flops
-    from avlm_jax.meter import memory_in_use
     from avlm_jax.models.api import init_params
+    from avlm_jax.monitoring.meter import memory_in_use
     from avlm_jax.optim import OptimConfig
     from avlm_jax.quantize import abstract_frozen
     from avlm_jax.sharding import make_mesh, put_batch, replicated

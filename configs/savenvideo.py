@@ -184,7 +184,7 @@ def full() -> ConfigDict:
             "max_lost_minutes": 10.0,  # Looked at when a step is logged; 0: steps alone count.
             "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
-            # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/multihost.py.
+            # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/processes/multihost.py.
             "timeouts": {
                 "connect": 300.0,
                 "ready": 1800.0,

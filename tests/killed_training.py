@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avlm_jax.assembly import assemble
-from avlm_jax.stage_result import CONFIG_FILE, METADATA_FILE, TREE_FILE
-from avlm_jax.step_folders import MANIFEST_FILE, PARTIAL
-from avlm_jax.writer import read_metrics
+from avlm_jax.checkpoints.stage_result import CONFIG_FILE, METADATA_FILE, TREE_FILE
+from avlm_jax.checkpoints.step_folders import MANIFEST_FILE, PARTIAL
+from avlm_jax.monitoring.writer import read_metrics
 from tests.tiny_system import CONFIG, SIZES, save_tokenizer, tiny_config, write_records
 
 ROOT = Path(__file__).parents[1]

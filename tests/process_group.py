@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from avlm_jax.assembly import assemble
-from avlm_jax.multihost import VARIABLES
+from avlm_jax.processes.multihost import VARIABLES
 from tests.tiny_system import CONFIG, SIZES, save_tokenizer, tiny_config, write_records
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avlm_jax.multihost import Timeouts, crash, initialize, leave, ready, say
-from avlm_jax.peers import COMPUTES, SAVES
-from avlm_jax.preemption import Stopped, StopSignal
+from avlm_jax.processes.multihost import Timeouts, crash, initialize, leave, ready, say
+from avlm_jax.processes.peers import COMPUTES, SAVES
+from avlm_jax.processes.preemption import Stopped, StopSignal
+from avlm_jax.processes.watchdog import Watchdog
 from avlm_jax.sharding import batch_sharding, make_mesh
-from avlm_jax.watchdog import Watchdog
 from input_pipeline.errors import UserError
 
 

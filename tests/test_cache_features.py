@@ -22,8 +22,8 @@ from avlm_jax.config import ConfigError, apply_overrides, load_config
 from avlm_jax.evaluate import evaluate
 from avlm_jax.features import check_features, describe_features, features_folder, open_features
 from avlm_jax.models.api import build_system, init_params
+from avlm_jax.monitoring.writer import read_metrics
 from avlm_jax.state import Tree, merge, split
-from avlm_jax.writer import read_metrics
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig

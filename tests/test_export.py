@@ -12,10 +12,10 @@ import pytest
 
 from avlm_jax import cli, export, staging
 from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoints.stage_result import load_tree, save_tree
 from avlm_jax.config import ConfigError, apply_overrides, config_to_json
 from avlm_jax.export import ExportError, export_model
 from avlm_jax.lora import is_lora, merge_kernel, retire
-from avlm_jax.stage_result import load_tree, save_tree
 from avlm_jax.staging import StagingError
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights import safetensors_io

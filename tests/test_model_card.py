@@ -9,9 +9,9 @@ import pytest
 
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly
+from avlm_jax.checkpoints.stage_result import load_tree, save_tree
 from avlm_jax.config import apply_overrides, config_to_json
 from avlm_jax.export import export_model
-from avlm_jax.stage_result import load_tree, save_tree
 from avlm_jax.weights import safetensors_io
 from tests.exported_system import learnt_of, tiny_assembly
 

@@ -20,11 +20,13 @@ from jax.sharding import PartitionSpec
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly, assemble
 from avlm_jax.backbones.language import TextBatcher, logits_of, loss_and_hits
+from avlm_jax.checkpoints.stage_result import load_tree
 from avlm_jax.config import ConfigError
 from avlm_jax.generate import Generator, load_model
 from avlm_jax.layers.mask import causal_mask
 from avlm_jax.llm.decoder import Decoder, DecoderConfig
 from avlm_jax.lora import LoraConfig, LoraDense, is_lora, merge_kernel, merge_lora, retire, retired_updates
+from avlm_jax.monitoring.writer import read_metrics
 from avlm_jax.optim import OptimConfig
 from avlm_jax.quantize import (
     LEVELS,
@@ -36,11 +38,9 @@ from avlm_jax.quantize import (
     quantise,
 )
 from avlm_jax.sharding import make_mesh, param_shardings
-from avlm_jax.stage_result import load_tree
 from avlm_jax.state import flatten, split, unflatten
 from avlm_jax.step import abstract_inputs
 from avlm_jax.weights.qwen2 import load_qwen2
-from avlm_jax.writer import read_metrics
 from input_pipeline.conversation import load_tokenizer
 from input_pipeline.synthetic.described import describe
 from tests.exported_system import demo_assembly, learnt_of, scale_of, tiny_assembly, write_backbones

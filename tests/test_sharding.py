@@ -244,7 +244,7 @@ import sys
 import jax, numpy as np
 from jax.sharding import PartitionSpec
 from avlm_jax import optim, sharding
-from avlm_jax.checkpoint import Checkpointer
+from avlm_jax.checkpoints.checkpoint import Checkpointer
 from avlm_jax.losses import masked_cross_entropy
 from avlm_jax.state import TrainState
 

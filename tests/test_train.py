@@ -20,17 +20,17 @@ import pytest
 from avlm_jax import cli, lineage, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
+from avlm_jax.checkpoints.stage_result import TREE_FILE, load_tree
 from avlm_jax.config import ConfigError, config_from_json, config_to_json, load_config, to_dataclass
 from avlm_jax.generate import load_model
 from avlm_jax.lineage import load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
-from avlm_jax.meter import TIMED
-from avlm_jax.run_record import RUNS_FILE
-from avlm_jax.stage_result import TREE_FILE, load_tree
+from avlm_jax.monitoring.meter import TIMED
+from avlm_jax.monitoring.run_record import RUNS_FILE
+from avlm_jax.monitoring.training_plot import PLOT_FILE
+from avlm_jax.monitoring.writer import METRICS_FILE, read_metrics
 from avlm_jax.state import flatten, unflatten
-from avlm_jax.training_plot import PLOT_FILE
 from avlm_jax.weights.qwen2 import load_qwen2, save_qwen2
-from avlm_jax.writer import METRICS_FILE, read_metrics
 from input_pipeline.conversation import load_tokenizer
 from input_pipeline.errors import UserError
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config, write_records

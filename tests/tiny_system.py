@@ -9,8 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly
+from avlm_jax.checkpoints.stage_result import save_tree
 from avlm_jax.config import apply_overrides, config_to_json, load_config
-from avlm_jax.stage_result import save_tree
 from avlm_jax.state import Tree, flatten, unflatten
 from input_pipeline.media import LoadedMedia
 from input_pipeline.records import encode_record

@@ -11,11 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from avlm_jax.assembly import assemble
+from avlm_jax.checkpoints.stage_result import load_tree, save_tree
 from avlm_jax.config import apply_overrides, config_from_json, config_to_json
 from avlm_jax.import_weights import import_backbones
 from avlm_jax.lora import is_lora
-from avlm_jax.run_record import versions
-from avlm_jax.stage_result import load_tree, save_tree
+from avlm_jax.monitoring.run_record import versions
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.beats import file_sha256
 from avlm_jax.weights.connector import open_connector

@@ -11,9 +11,9 @@ import pytest
 from avlm_jax import cli
 from avlm_jax.assembly import assemble
 from avlm_jax.backbones.make import hf_config
+from avlm_jax.monitoring.writer import read_metrics
 from avlm_jax.state import flatten, unflatten
 from avlm_jax.weights.qwen2 import save_qwen2
-from avlm_jax.writer import read_metrics
 from input_pipeline.records import RecordReader
 from tests.tiny_system import CONFIG, SIZES, random_params, save_tokenizer, tiny_config
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from avlm_jax.writer import read_metrics
+from avlm_jax.monitoring.writer import read_metrics
 from tests.launch.shell import LAUNCH, ROOT, StandIns, environment
 from tests.process_group import STAGE, TinyRun, free_port, make_run
 

@@ -3,7 +3,7 @@
     python -m tests.multidevice.one_step FOLDER 2b:2x4x1:2 ...
 
 A case is stage:mesh:micro-batches, the mesh data x fsdp x tensor. FOLDER is what `prepare` made; of several processes (see
-`avlm_jax.multihost`) each loads its share of the rows alone, and the first one writes FOLDER/<number of processes>.npz.
+`avlm_jax.processes.multihost`) each loads its share of the rows alone; the first one writes FOLDER/<number of processes>.npz.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from avlm_jax.assembly import assemble
 from avlm_jax.config import to_dataclass
-from avlm_jax.multihost import Timeouts, initialize
+from avlm_jax.processes.multihost import Timeouts, initialize
 from avlm_jax.sharding import check_heads, make_mesh, put_batch, replicated, share_of_batch
 from avlm_jax.state import flatten, split
 from avlm_jax.step import create_state, make_step

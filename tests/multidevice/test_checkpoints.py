@@ -27,7 +27,8 @@ if count > 1:
     jax.distributed.initialize(f"localhost:{port}", count, index)
 import ml_dtypes, numpy as np
 from jax.sharding import PartitionSpec as P
-from avlm_jax import checkpoint, optim
+from avlm_jax.checkpoints import checkpoint
+from avlm_jax import optim
 from avlm_jax.sharding import make_mesh, param_shardings, state_shardings
 from avlm_jax.state import TrainState
 
@@ -83,7 +84,7 @@ if action.startswith("save"):
             result["error"] = str(error)
 else:
     gathers, real = [], checkpoint.damaged_leaves
-    from avlm_jax import digests
+    from avlm_jax.checkpoints import digests
     to_host = digests.to_host
     digests.to_host = lambda leaf: gathers.append(leaf.shape) or to_host(leaf)
     if action == "restore-one-sees-damage" and index == count - 1:
@@ -237,9 +238,11 @@ LOSES_ONE = """
 import os, signal, sys, time
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
-from avlm_jax import agreement, checkpoint, optim
-from avlm_jax.multihost import Timeouts, initialize, leave
-from avlm_jax.rendezvous import PeerError
+from avlm_jax.processes import agreement
+from avlm_jax.checkpoints import checkpoint
+from avlm_jax import optim
+from avlm_jax.processes.multihost import Timeouts, initialize, leave
+from avlm_jax.processes.rendezvous import PeerError
 from avlm_jax.sharding import make_mesh
 from avlm_jax.state import TrainState
 

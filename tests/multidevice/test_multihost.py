@@ -15,9 +15,9 @@ import pytest
 
 from avlm_jax import cli
 from avlm_jax.assembly import Assembly, assemble
-from avlm_jax.stage_result import TREE_FILE, load_tree
+from avlm_jax.checkpoints.stage_result import TREE_FILE, load_tree
+from avlm_jax.monitoring.writer import read_metrics
 from avlm_jax.state import flatten
-from avlm_jax.writer import read_metrics
 from tests.process_group import SAVE_EVERY, STAGE, STEPPING, STEPS, Group, TinyRun, make_run
 from tests.tiny_system import publish, random_params, tiny_config
 
@@ -64,7 +64,7 @@ def test_a_slow_process_is_named_and_waited_for(tmp_path: Path) -> None:
 
 def test_processes_that_have_finished_end_by_0(tmp_path: Path) -> None:
     """A thread that talks to the coordinator while the interpreter is taken down would end half of them by SIGABRT."""
-    busy = f"from avlm_jax import peers; peers.BEAT_SECONDS = 0.0005; {STEPPING}"
+    busy = f"from avlm_jax.processes import peers; peers.BEAT_SECONDS = 0.0005; {STEPPING}"
     for attempt in range(2):
         folder = tmp_path / str(attempt)
         with Group(folder / "logs", [str(folder), "2"], 4, code=dict.fromkeys(range(4), busy)) as group:
@@ -138,7 +138,7 @@ def test_a_signal_during_set_up_stops_all(tmp_path: Path) -> None:
 # Stays before the loop, where a signal ends it at once.
 NOT_YET = """
 import runpy, time
-from avlm_jax.preemption import StopSignal
+from avlm_jax.processes.preemption import StopSignal
 def deferred(self):
     print("not yet", flush=True)
     time.sleep(500)

@@ -23,10 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 
 from avlm_jax import cli  # noqa: E402
 from avlm_jax.assembly import assemble, load_backbones  # noqa: E402
+from avlm_jax.checkpoints.stage_result import save_tree  # noqa: E402
 from avlm_jax.config import config_to_json, load_config  # noqa: E402
 from avlm_jax.encoders.beats import BeatsConfig  # noqa: E402
 from avlm_jax.generate import load_model  # noqa: E402
-from avlm_jax.stage_result import save_tree  # noqa: E402
 from avlm_jax.state import flatten, unflatten  # noqa: E402
 from avlm_jax.weights import beats  # noqa: E402
 from avlm_jax.weights.table import export_params  # noqa: E402

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from avlm_jax.assembly import Assembly, assemble
+from avlm_jax.checkpoints.stage_result import load_tree, save_tree
 from avlm_jax.config import apply_overrides, config_to_json
 from avlm_jax.export import export_model
 from avlm_jax.generate import checkpoint_config, load_model
-from avlm_jax.stage_result import load_tree, save_tree
 from avlm_jax.state import flatten
 from avlm_jax.train import train
 from avlm_jax.weights import safetensors_io

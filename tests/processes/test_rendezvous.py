@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from avlm_jax.rendezvous import PeerError, roll_call
+from avlm_jax.processes.rendezvous import PeerError, roll_call
 from input_pipeline.errors import UserError
 from tests.process_group import free_port
 

@@ -22,7 +22,7 @@ from avlm_jax import __version__
 
 RUNS_FILE = "runs.jsonl"
 COMMIT_FILE = "launch/commit.txt"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Beside `versions`: what decides about speed.
 PACKAGES = ("jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "grain")
 VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_PLATFORMS")

@@ -21,13 +21,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from avlm_jax import checkpoint, optim
-from avlm_jax.checkpoint import Checkpointer
-from avlm_jax.digests import digest_json
-from avlm_jax.rendezvous import PeerError
-from avlm_jax.stage_result import load_tree, save_tree
+from avlm_jax import optim
+from avlm_jax.checkpoints import checkpoint
+from avlm_jax.checkpoints.checkpoint import Checkpointer
+from avlm_jax.checkpoints.digests import digest_json
+from avlm_jax.checkpoints.stage_result import load_tree, save_tree
+from avlm_jax.checkpoints.storage import CheckpointError, naming, resolve
+from avlm_jax.processes.rendezvous import PeerError
 from avlm_jax.state import TrainState, flatten, unflatten
-from avlm_jax.storage import CheckpointError, naming, resolve
 from tests import fake_gcs
 
 # Orbax's readers are coroutines; when one fails on a damaged file its siblings complain at collection.
@@ -327,7 +328,7 @@ def test_a_damaged_step_is_quarantined_and_the_older_one_used(
     fill(tmp_path, (10, 20))
     damage(tmp_path / "20")
     checkpointer = Checkpointer(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="avlm_jax.checkpoint"):
+    with caplog.at_level(logging.WARNING, logger="avlm_jax.checkpoints.checkpoint"):
         state, data_state, _ = checkpointer.restore_latest(make_state(0))
     assert_same_bits(state, make_state(10))
     assert data_state == {"next_index": 80}

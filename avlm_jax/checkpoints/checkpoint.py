@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from avlm_jax.agreement import Agreement, Shared
-from avlm_jax.digests import (
+from avlm_jax.checkpoints.digests import (
     damaged_leaves,
     digest_json,
     first_misfit,
@@ -33,11 +32,12 @@ from avlm_jax.digests import (
     nonfinite_leaves,
     owned_blocks,
 )
-from avlm_jax.multihost import Timeouts
-from avlm_jax.rendezvous import PeerError
+from avlm_jax.checkpoints.step_folders import MANIFEST_FILE, StepFolders
+from avlm_jax.checkpoints.storage import CheckpointError, is_trouble, resolve
+from avlm_jax.processes.agreement import Agreement, Shared
+from avlm_jax.processes.multihost import Timeouts
+from avlm_jax.processes.rendezvous import PeerError
 from avlm_jax.state import TrainState, fields_of, flatten_state
-from avlm_jax.step_folders import MANIFEST_FILE, StepFolders
-from avlm_jax.storage import CheckpointError, is_trouble, resolve
 from input_pipeline.errors import UserError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from avlm_jax import peers
+from avlm_jax.processes import peers
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LEAVE_SECONDS = 3.0  # After the grace, for the processes to end together.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from avlm_jax.writer import read_metrics
+from avlm_jax.monitoring.writer import read_metrics
 
 PLOT_FILE = "training.png"
 PANELS = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from avlm_jax import preemption
-from avlm_jax.preemption import Stopped, StopSignal
+from avlm_jax.processes import preemption
+from avlm_jax.processes.preemption import Stopped, StopSignal
 from tests.process_group import STEPPING, Group
 
 GRACE = 20.0

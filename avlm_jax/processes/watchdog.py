@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO, TypeVar
 
-from avlm_jax import peers
-from avlm_jax.multihost import Timeouts
-from avlm_jax.rendezvous import EX_TEMPFAIL
+from avlm_jax.processes import peers
+from avlm_jax.processes.multihost import Timeouts
+from avlm_jax.processes.rendezvous import EX_TEMPFAIL
 
 T = TypeVar("T")
 

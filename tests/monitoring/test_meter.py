@@ -12,7 +12,7 @@ import pytest
 
 from avlm_jax.chips import chip_named
 from avlm_jax.flops import Flops, PartFlops
-from avlm_jax.meter import TIMED, CompileClock, Meter, Shape, memory_in_use
+from avlm_jax.monitoring.meter import TIMED, CompileClock, Meter, Shape, memory_in_use
 
 
 @dataclasses.dataclass

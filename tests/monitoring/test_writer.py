@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avlm_jax import writer
-from avlm_jax.writer import Console, MetricsWriter, read_metrics
+from avlm_jax.monitoring import writer
+from avlm_jax.monitoring.writer import Console, MetricsWriter, read_metrics
 from input_pipeline.errors import UserError
 
 

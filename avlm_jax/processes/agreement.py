@@ -15,8 +15,8 @@ from typing import Any
 import jax
 from jax._src import distributed
 
-from avlm_jax import peers
-from avlm_jax.rendezvous import PeerError
+from avlm_jax.processes import peers
+from avlm_jax.processes.rendezvous import PeerError
 from input_pipeline.errors import UserError
 
 POLL_SECONDS = 5.0  # How often a waiting process looks who is there.

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avlm_jax import run_record
 from avlm_jax.config import ConfigError, to_dataclass
-from avlm_jax.run_record import RUNS_FILE, git_state, record_start, redacted
+from avlm_jax.monitoring import run_record
+from avlm_jax.monitoring.run_record import RUNS_FILE, git_state, record_start, redacted
+from avlm_jax.monitoring.training_plot import PLOT_FILE, save_training_plot
+from avlm_jax.monitoring.watch import Profiler, WatchConfig
+from avlm_jax.monitoring.writer import MetricsWriter
 from avlm_jax.sharding import make_mesh
-from avlm_jax.training_plot import PLOT_FILE, save_training_plot
-from avlm_jax.watch import Profiler, WatchConfig
-from avlm_jax.writer import MetricsWriter
 
 
 def steps_in_trace(folder: Path) -> set[int]:

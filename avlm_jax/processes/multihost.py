@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 
-from avlm_jax import peers
-from avlm_jax.rendezvous import PeerError, roll_call
+from avlm_jax.processes import peers
+from avlm_jax.processes.rendezvous import PeerError, roll_call
 from input_pipeline.errors import UserError
 
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = VARIABLES = (

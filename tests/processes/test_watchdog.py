@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from avlm_jax import peers
-from avlm_jax.multihost import Timeouts
-from avlm_jax.watchdog import DUMP_SECONDS, FROZEN_SECONDS, Watchdog
+from avlm_jax.processes import peers
+from avlm_jax.processes.multihost import Timeouts
+from avlm_jax.processes.watchdog import DUMP_SECONDS, FROZEN_SECONDS, Watchdog
 from tests.process_group import ROOT
 
 STUCK = """
 import sys, time
 from pathlib import Path
-from avlm_jax import peers
-from avlm_jax.multihost import Timeouts
-from avlm_jax.watchdog import Watchdog
+from avlm_jax.processes import peers
+from avlm_jax.processes.multihost import Timeouts
+from avlm_jax.processes.watchdog import Watchdog
 
 def hangs():
     {body}
@@ -57,7 +57,7 @@ def test_a_stuck_step_ends_with_its_stacks(tmp_path: Path) -> None:
 
 def test_an_interpreter_that_is_frozen_ends_too(tmp_path: Path) -> None:
     """By SIGALRM, which launchers start again (tests/launch/test_supervise.py); exit code 1 would be the end."""
-    limits = "import avlm_jax.watchdog as w; w.FROZEN_SECONDS, w.DUMP_SECONDS = 1.0, 2.0; "
+    limits = "import avlm_jax.processes.watchdog as w; w.FROZEN_SECONDS, w.DUMP_SECONDS = 1.0, 2.0; "
     found = run(tmp_path, limits + "watchdog.at(peers.SAVES); time.sleep(0.7)", FROZEN)
     assert found.returncode == -signal.SIGALRM, found.stderr
     assert " in hangs" in found.stderr and "Timeout" in found.stderr

@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from avlm_jax.storage import flush, is_bucket, resolve
+from avlm_jax.checkpoints.storage import flush, is_bucket, resolve
 
 if TYPE_CHECKING:
     from etils import epath

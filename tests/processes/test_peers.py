@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from avlm_jax.multihost import Launch, Timeouts, find_launch
-from avlm_jax.peers import COMPUTES, READS, SAVES, WAITS, DataWait, Lateness, Status, find_behind
+from avlm_jax.processes.multihost import Launch, Timeouts, find_launch
+from avlm_jax.processes.peers import COMPUTES, READS, SAVES, WAITS, DataWait, Lateness, Status, find_behind
 from input_pipeline.errors import UserError
 
 NAMES = ["process 0 (a)", "process 1 (b)", "process 2 (c)"]

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from avlm_jax.agreement import Agreement
-from avlm_jax.digests import digest_json, json_values, leaf_digests, to_host
-from avlm_jax.multihost import Timeouts
+from avlm_jax.checkpoints.digests import digest_json, json_values, leaf_digests, to_host
+from avlm_jax.checkpoints.storage import CheckpointError, is_bucket, replace_folder, resolve
+from avlm_jax.processes.agreement import Agreement
+from avlm_jax.processes.multihost import Timeouts
 from avlm_jax.state import Tree, flatten, unflatten
-from avlm_jax.storage import CheckpointError, is_bucket, replace_folder, resolve
 
 if TYPE_CHECKING:
     from etils import epath

@@ -1,0 +1,1 @@
+"""What training keeps on disk: steps to continue from, and a stage's result; hashed when written, verified when read."""

@@ -259,13 +259,13 @@ def _look_up(
     name: str, runs: int, lowered: jax.stages.Lowered, setup: Setup, cache: Path | None
 ) -> Program | OutOfMemory:
     if cache is None:
-        return dataclasses.replace(_compile(name, lowered, setup.mesh.size), runs=runs)
+        return dataclasses.replace(_compile(name, lowered, setup), runs=runs)
     mark = hashlib.sha256(f"{setup.slice_.name} {_compiler()} {name}\n".encode())
     mark.update(lowered.as_text().encode())
     file = cache / f"{mark.hexdigest()[:32]}.json"
     found = _read_kept(file) if file.exists() else None
     if found is None:
-        found = _compile(name, lowered, setup.mesh.size)
+        found = _compile(name, lowered, setup)
         part = file.with_suffix(f".{os.getpid()}.part")  # Two commands may share a folder.
         part.write_text(json.dumps(write_program(found)), encoding="utf-8")
         part.rename(file)
@@ -309,7 +309,7 @@ def read_program(stored: Mapping[str, Any]) -> Program | OutOfMemory:
     return Program(**{**values, "collectives": collectives, "unknown_loops": tuple(values["unknown_loops"])})
 
 
-def _compile(name: str, lowered: jax.stages.Lowered, devices: int) -> Program | OutOfMemory:
+def _compile(name: str, lowered: jax.stages.Lowered, setup: Setup) -> Program | OutOfMemory:
     begun = time.monotonic()
     try:
         compiled = lowered.compile()
@@ -330,7 +330,7 @@ def _compile(name: str, lowered: jax.stages.Lowered, devices: int) -> Program | 
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
         peak=memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes,  # XLA's counts both memories.
-        collectives=tuple(hlo.collectives(module, devices)),
+        collectives=tuple(hlo.collectives(module, setup.mesh.size, setup.slice_.count)),
         traffic=traffic.hbm_bytes(module),
         kernels=hlo.count_kernels(module),
         unknown_loops=tuple(module.unknown_loops),

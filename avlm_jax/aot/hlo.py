@@ -22,6 +22,14 @@ BITS = {
 }  # fmt: skip
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Between slices libtpu hands each device's part to its host, by a `send` that names what shall come back by a `recv`.
+BETWEEN_SLICES = {
+    "ALL_GATHER": "all-gather",
+    "ALL_REDUCE": "all-reduce",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 
 
 class HloError(ValueError):
@@ -290,7 +298,7 @@ class Collective:
         return self.payload * (n - 1) / n * (2 if self.kind == "all-reduce" else 1)
 
 
-def collectives(module: Module, devices: int) -> list[Collective]:
+def collectives(module: Module, devices: int, slices: int = 1) -> list[Collective]:
     """Every collective that a step runs, in the order of the text.
 
     An asynchronous one counts once. libtpu spreads it over several fused kernels, which begin, advance and end it and all
@@ -299,12 +307,18 @@ def collectives(module: Module, devices: int) -> list[Collective]:
     Args:
         module: from `parse`.
         devices: of the mesh; instructions without groups join them all.
+        slices: that they lie in, one after the other, as `sharding.make_mesh` lays them.
+
+    Raises:
+        HloError: a transfer between slices of an unknown kind.
     """
     found: dict[str, Collective] = {}
     for name, times in module.runs.items():
         for instruction in module.computations[name].values():
             for inner in (instruction, *(module.within(instruction) if _wraps(instruction) else ())):
                 kind = inner.opcode.removesuffix("-start")
+                if kind == "send" and "_xla_megascale_transfer_type" in inner.attributes:
+                    found[inner.name] = _between_slices(inner, times, devices, slices)
                 if kind not in COLLECTIVES:
                     continue
                 channel = re.search(r"channel_id=(\d+)", inner.attributes)
@@ -313,6 +327,25 @@ def collectives(module: Module, devices: int) -> list[Collective]:
                     groups = _groups(inner.attributes, devices)
                     found[key] = Collective(kind, times, _payload(inner, kind, groups), groups, inner.name)
     return list(found.values())
+
+
+def _between_slices(send: Instruction, times: float, devices: int, slices: int) -> Collective:
+    """What a transfer does whose local part, if it has one, is a collective of its own: devices at the same place of each
+    slice talk to each other.
+    """
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    if transfer is None or transfer[1] not in BETWEEN_SLICES or slices < 2:
+        raise HloError(f"{send.name}: a transfer between slices of an unknown kind: {send.attributes[:200]}")
+    kind = BETWEEN_SLICES[transfer[1]]
+    payload = send.shapes[0].bytes * (slices if kind == "all-gather" else 1)
+    within = devices // slices
+    return Collective(
+        kind,
+        times,
+        payload,
+        tuple(tuple(range(first, devices, within)) for first in range(within)),
+        send.name,
+    )
 
 
 def count_kernels(module: Module) -> int:

@@ -110,7 +110,7 @@ def test_figures_of_programs_are_kept(
 
     calls = []
 
-    def fake(name: str, lowered: jax.stages.Lowered, devices: int) -> compiled.Program:
+    def fake(name: str, lowered: jax.stages.Lowered, setup: compiled.Setup) -> compiled.Program:
         calls.append(name)
         return dataclasses.replace(made, name=name, runs=1)
 
@@ -171,5 +171,6 @@ def test_the_peak_is_that_of_the_devices_memory() -> None:
     )
     text = "ENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
     program = SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: text)
-    found = compiled._compile("finish", SimpleNamespace(compile=lambda: program), 1)
+    setup = SimpleNamespace(mesh=SimpleNamespace(size=1), slice_=SimpleNamespace(count=1))
+    found = compiled._compile("finish", SimpleNamespace(compile=lambda: program), setup)
     assert (found.peak, found.temporaries) == (3, 1)

@@ -72,6 +72,48 @@ def test_collectives(module: hlo.Module) -> None:
     assert (permute.groups, permute.wire_bytes) == (((0, 1), (1, 0)), 32.0)
 
 
+@pytest.mark.parametrize(
+    ("transfer", "kind", "payload", "wire"),
+    [
+        # libtpu's own lines: what `send` holds is a device's part; of a gather it is 1 of 2 that come back.
+        ("ALL_REDUCE", "all-reduce", 4096, 4096),
+        ("ALL_GATHER", "all-gather", 8192, 4096),
+        ("REDUCE_SCATTER", "reduce-scatter", 4096, 2048),
+        ("ALL_TO_ALL", "all-to-all", 4096, 2048),
+        ("ONE_TO_ONE", "collective-permute", 4096, 4096),
+    ],
+)
+def test_what_goes_from_slice_to_slice(transfer: str, kind: str, payload: int, wire: int) -> None:
+    (found,) = hlo.collectives(hlo.parse(between_slices(transfer)), 8, slices=2)
+    assert (found.kind, found.payload, found.wire_bytes, found.times) == (kind, payload, wire, 1.0)
+    assert found.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+def test_an_unknown_transfer_between_slices_is_an_error() -> None:
+    with pytest.raises(
+        hlo.HloError, match=r"send\.1: a transfer between slices of an unknown kind.*ALL_KINDS"
+    ):
+        hlo.collectives(hlo.parse(between_slices("ALL_KINDS")), 8, slices=2)
+
+
+def between_slices(transfer: str) -> str:
+    told = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        f'_xla_megascale_target="{{1,2}}x{{0:3}}",_xla_megascale_transfer_type="{transfer}"}}'
+    )
+    kind = "(f32[8,128]{1,0:T(8,128)}, u32[], token[])"
+    return f"""ENTRY %main (p: f32[8,128]) -> f32[8,128] {{
+  %p = f32[8,128]{{1,0:T(8,128)}} parameter(0)
+  %after-all.1 = token[] after-all()
+  %send.1 = {kind} send(%p, %after-all.1), channel_id=2, {told}
+  %recv.1 = {kind} recv(%after-all.1), channel_id=1, {told}
+  %send-done.1 = token[] send-done(%send.1), channel_id=2, {told}
+  %recv-done.1 = (f32[8,128], token[]) recv-done(%recv.1), channel_id=1, {told}
+  ROOT %got = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%recv-done.1), index=0
+}}
+"""
+
+
 def test_an_asynchronous_collective_counts_where_it_begins(module: hlo.Module) -> None:
     """It is shown three times a layer by the kernels that advance it and once by the one that begins it."""
     (found,) = [item for item in hlo.collectives(module, 8) if item.payload == 64 * 8 * 2]

@@ -239,7 +239,7 @@ def assumptions(report: Report) -> list[str]:
         f"{chip.dcn_bandwidth / 1e9:.1f} GB/s for each host's network (DCN)",
         "fastest: compute, memory and links overlap wholly; slowest: links wait and are waited for",
         "both branches of a conditional are counted as run; loading data, logging and checkpoints take no time",
-        "transfers to the host's memory (remat offload) take no time",
+        "transfers to the host's memory (remat offload) and the latency of links take no time",
         "FLOPs: matrix products only; norms, softmax, dropout and the optimizer are not counted",
     ]
     if setup.video == "none" or setup.audio == "none":

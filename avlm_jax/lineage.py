@@ -89,6 +89,8 @@ def check_same_config(config: ConfigDict, name: str, made_by: Mapping[str, Any],
         "log_every",
         "max_lost_steps",
         "max_lost_minutes",
+        "save_every",  # What max_lost_* took the place of.
+        "save_minutes",
         "max_nonfinite",
         "loss_chunk",
         "mesh",

@@ -167,6 +167,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def put_replicated(value: np.generic, mesh: Mesh) -> jax.Array:
+    """A number that every process has, as an array on all devices.
+
+    `jax.device_put` would, where there are several processes, compare what each has: a collective, which waits for the step.
+    """
+    sharding = replicated(mesh)
+    devices = list(sharding.addressable_devices)
+    return jax.make_array_from_single_device_arrays(
+        (), sharding, jax.device_put([value] * len(devices), devices)
+    )
+
+
 def param_shardings(
     tree: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES, fallback: int | None = FALLBACK_SIZE
 ) -> Tree:
@@ -253,7 +265,7 @@ def _fall_back(path: str, shape: tuple[int, ...], axes: list[tuple], mesh: Mesh)
         names = (*axes[dimension], "fsdp")
         if _dividing(shape[dimension], names, mesh.shape) == names:
             axes = [names if index == dimension else taken for index, taken in enumerate(axes)]
-            logger.info(
+            logger.warning(
                 "%s %s: no rule splits it over fsdp; falls back to %s", path, list(shape), _spec(axes)
             )
             return axes

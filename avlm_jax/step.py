@@ -8,6 +8,7 @@ differentiated nor donated.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,8 +28,21 @@ from avlm_jax.sharding import batch_sharding, param_shardings, replicated, state
 from avlm_jax.state import TrainState, Tree, flatten, merge, split
 from input_pipeline.spec import PIXELS, FeatureShapes, MediaSpec
 
-# Micro-batches whose programs may wait for the device while the host goes on; each holds its arrays there.
+# Programs that may wait for the device, besides the one that runs, while the host goes on; each holds its micro-batch there.
 IN_FLIGHT = 2
+
+
+class InFlight:
+    """Holds the host up, so that it never places more micro-batches than `avlm preflight` counts."""
+
+    def __init__(self) -> None:
+        self._results: collections.deque[Array] = collections.deque()
+
+    def add(self, result: Array) -> None:
+        """`result` is of the program that was started last; waits until no more than IN_FLIGHT are unfinished."""
+        self._results.append(result)
+        if len(self._results) > IN_FLIGHT:
+            jax.block_until_ready(self._results.popleft())
 
 
 @flax.struct.dataclass
@@ -71,6 +85,7 @@ class TrainStep:
         batches: Iterator[dict[str, Array]] | Sequence[dict[str, Array]],
         lr: Float[Array, ""],
         micro_batches: int = 1,
+        in_flight: InFlight | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step.
 
@@ -80,6 +95,7 @@ class TrainStep:
             batches: its next `micro_batches` items are taken, each only when its turn comes.
             lr: learning rate, on the devices.
             micro_batches: k.
+            in_flight: of the steps before; None if nothing of them may be unfinished.
 
         Returns:
             The next state, and fp32 scalars: loss (mean over the targets of all micro-batches), accuracy, targets,
@@ -89,13 +105,13 @@ class TrainStep:
         batches = iter(batches)
         gradients: Tree | None = None
         totals: Totals | None = None
-        before: list[Totals] = []
+        in_flight = in_flight or InFlight()
         for _ in range(micro_batches - 1):
             gradients, totals = self.accumulate(state, frozen, gradients, totals, next(batches))
-            before.append(totals)
-            if len(before) > IN_FLIGHT:  # Else the host would place all micro-batches of a step at once.
-                jax.block_until_ready(before.pop(0).loss)
-        return self.finish(state, frozen, gradients, totals, next(batches), lr)
+            in_flight.add(totals.loss)
+        state, metrics = self.finish(state, frozen, gradients, totals, next(batches), lr)
+        in_flight.add(metrics["loss"])
+        return state, metrics
 
 
 def make_step(system: System, optim: OptimConfig, chunk: int, state: TrainState | None = None) -> TrainStep:

@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 
 from avlm_jax.assembly import Assembly, assemble, check_weights
 from avlm_jax.checkpoints.checkpoint import Checkpointer
+from avlm_jax.checkpoints.schedule import SaveSchedule
 from avlm_jax.checkpoints.stage_result import save_tree
 from avlm_jax.checkpoints.storage import naming
 from avlm_jax.chips import find_chip
@@ -62,13 +63,13 @@ from avlm_jax.monitoring.watch import Profiler, WatchConfig
 from avlm_jax.monitoring.writer import Console, MetricsWriter, import_wandb
 from avlm_jax.optim import OptimConfig, learning_rate
 from avlm_jax.prefetch import Prefetch
-from avlm_jax.processes.multihost import Timeouts, gather, initialize, is_first, ready, say
+from avlm_jax.processes.multihost import Timeouts, initialize, is_first, ready, say
 from avlm_jax.processes.peers import PUBLISHES, SAVES
 from avlm_jax.processes.preemption import StopSignal
 from avlm_jax.processes.watchdog import Watchdog
-from avlm_jax.sharding import put_batch, replicated, share_of_batch
+from avlm_jax.sharding import put_batch, put_replicated, share_of_batch
 from avlm_jax.state import TrainState, Tree, describe, flatten, format_sizes, split, unflatten
-from avlm_jax.step import TrainStep, abstract_state, count_micro_batches, create_state, make_step
+from avlm_jax.step import InFlight, TrainStep, abstract_state, count_micro_batches, create_state, make_step
 from input_pipeline.errors import UserError
 from input_pipeline.loader import Loader
 from input_pipeline.mixture import SourceConfig
@@ -331,10 +332,14 @@ def loop(
     console = Console(total, start_step=work.start, label=f"stage {work.name}", stream=stream)
     nonfinite = Nonfinite(work, loader)
     pending: tuple[int, dict[str, Array], np.float32] | None = None
-    # Of what a kill may cost, half: a checkpoint that is being written then is lost as well, but never the one before, which
-    # is complete before the next begins.
-    save_every, save_seconds = config.max_lost_steps // 2, 60 * config.max_lost_minutes / 2
-    saved = time.monotonic()
+    schedule = SaveSchedule(
+        config.max_lost_steps,
+        config.max_lost_minutes,
+        look_every=config.log_every,
+        start=work.start,
+        total=total,
+    )
+    in_flight = InFlight()
 
     def report() -> None:
         nonlocal pending
@@ -353,17 +358,8 @@ def loop(
         nonfinite.check(number, values)
         console.update(number, loader.num_samples(number - 1), values["loss"])
 
-    def due(number: int) -> bool:
-        """Whether to save after this step; process 0's clock decides for all."""
-        if number % save_every == 0 or number == total:
-            return True
-        if number % config.log_every or not save_seconds:
-            return False
-        return gather("save", str(time.monotonic() - saved > save_seconds))[0] == str(True)
-
     def save(number: int) -> None:
-        nonlocal saved
-        saved = time.monotonic()
+        schedule.saved(number)
         report()
         writer.sync()  # Metrics up to a checkpoint are on disk before it is, so a continued run has them all.
         watchdog.at(SAVES)
@@ -381,14 +377,16 @@ def loop(
                 stop.end(number - 1)
             watchdog.step(number)
             lr = learning_rate(work.stage.optim, number - 1, total)
-            rate = jax.device_put(lr, replicated(mesh))
+            rate = put_replicated(lr, mesh)
             # Whatever crosses between host and devices in a step was put there on purpose before.
             with profiler.step(number), jax.transfer_guard("disallow"):
-                state, metrics = work.step(state, frozen, watchdog.reading(watched), rate, work.micro_batches)
+                state, metrics = work.step(
+                    state, frozen, watchdog.reading(watched), rate, work.micro_batches, in_flight
+                )
             profiler.started(number, metrics)
             report()
             pending = (number, metrics, lr)
-            if due(number):
+            if schedule.due(number):
                 save(number)
     console.close()
     return state

@@ -181,7 +181,7 @@ def full() -> ConfigDict:
             # What a kill may cost, at most. A checkpoint is begun every half of it, since one that is being written at the
             # kill does not count.
             "max_lost_steps": 200,
-            "max_lost_minutes": 10.0,  # Looked at when a step is logged; 0: steps alone count.
+            "max_lost_minutes": 10.0,  # By the pace of the last `log_every` steps; 0: steps alone count.
             "watch": {"wandb": "", "profile_start": 0, "profile_steps": 3},
             "loader": {"threads": 2, "workers": 0, "prefetch": 2},
             # Seconds after which a run is taken to be stuck and ends, to be started again; see avlm_jax/processes/multihost.py.

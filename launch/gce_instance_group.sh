@@ -136,12 +136,23 @@ ask() {
   if ((machines > 1)); then
     note "What makes one slice of them."
     run "${cloud[@]}" resource-policies create workload-policy "$name" "${in_project[@]}" --region="$region" \
-      --type=HIGH_THROUGHPUT --accelerator-topology="$shape" || return
+      --type=HIGH_THROUGHPUT --accelerator-topology="$shape" || forget_parts || return
     # All or none: a group with an accelerator topology is refused in any other mode.
     group+=(--workload-policy="projects/$project/regions/$region/resourcePolicies/$name" --target-size-policy-mode=bulk)
   fi
   note "Ask for the slice: $topology, $chips chips."
-  run "${group[@]}"
+  run "${group[@]}" || forget_parts
+}
+
+# What a group is made of, and would stand in the way of the next attempt. Returns what went before; its own failures do not
+# count, for nothing of it costs money.
+forget_parts() {
+  local code=$?
+  run "${cloud[@]}" instance-templates delete "$name" "${in_project[@]}" --quiet || true
+  if ((${machines:-2} > 1)); then
+    run "${cloud[@]}" resource-policies delete "$name" "${in_project[@]}" --region="$region" --quiet || true
+  fi
+  return "$code"
 }
 
 list_instances() {
@@ -172,16 +183,13 @@ show_polls() {
 
 start() { note "The machines install themselves and start training."; }
 
-# The group first: it holds on to the other two. They cost nothing, so only the group's failure counts.
+# The group first: it holds on to the other two.
 delete() {
   note "Nothing costs money after this but the bucket."
   if ! run "${cloud[@]}" instance-groups managed delete "$name" "${in_zone[@]}" --quiet && [[ $(state) != GONE ]]; then
     return 1
   fi
-  run "${cloud[@]}" instance-templates delete "$name" "${in_project[@]}" --quiet || true
-  if ((${machines:-2} > 1)); then
-    run "${cloud[@]}" resource-policies delete "$name" "${in_project[@]}" --region="$region" --quiet || true
-  fi
+  forget_parts || true
 }
 
 case $action in

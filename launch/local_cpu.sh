@@ -37,20 +37,22 @@ avlm=avlm
 if [[ ! $dry_run && -x .venv/bin/avlm ]]; then avlm=.venv/bin/avlm; fi
 command=("$avlm" train "${train[@]}")
 
+supervised=(bash launch/supervise.sh --max-restarts "$max_restarts" --pause "$pause" --)
 if ((processes == 1)); then
-  if [[ $dry_run ]]; then
-    show "${each[@]}" "${command[@]}"
-    exit 0
-  fi
-  exec bash launch/supervise.sh --max-restarts "$max_restarts" --pause "$pause" -- "${each[@]}" "${command[@]}"
+  supervised+=("${each[@]}" "${command[@]}")
+  if [[ ! $dry_run ]]; then exec "${supervised[@]}"; fi
+  show "${supervised[@]}"
+  exit 0
 fi
 
 process() { # NUMBER: its command, in `one`
   one=("${each[@]}" AVLM_COORDINATOR="localhost:$port" AVLM_NUM_PROCESSES="$processes" AVLM_PROCESS_ID="$1"
     "${command[@]}")
 }
+supervised+=(bash launch/local_cpu.sh --devices "$devices" --processes "$processes" --port "$port" -- "${train[@]}")
 if [[ $dry_run ]]; then
-  note "Side by side:"
+  show env AVLM_ONE_ATTEMPT=yes "${supervised[@]}"
+  note "Each attempt, side by side:"
   for ((number = 0; number < processes; number++)); do
     process "$number"
     show "${one[@]}"
@@ -59,9 +61,7 @@ if [[ $dry_run ]]; then
 fi
 # Restarts are supervise.sh's, which runs this script once an attempt.
 if [[ ! ${AVLM_ONE_ATTEMPT-} ]]; then
-  export AVLM_ONE_ATTEMPT=yes
-  exec bash launch/supervise.sh --max-restarts "$max_restarts" --pause "$pause" -- \
-    bash launch/local_cpu.sh --devices "$devices" --processes "$processes" --port "$port" -- "${train[@]}"
+  exec env AVLM_ONE_ATTEMPT=yes "${supervised[@]}"
 fi
 
 children=() stopped=""

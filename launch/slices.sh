@@ -29,11 +29,15 @@ read_topology() {
 
 # The code of the last commit as an archive that unpacks to avlm_jax/. Uncommitted changes are not part of a run that one wants
 # to repeat.
+# A run that is continued gets the code that it began with, whatever has been committed since.
+packed=""
 pack_code() {
   archive=.cache/launch/$name.tar.gz
+  [[ ! $packed ]] || return 0
   note "The code: what is committed, without local changes."
-  run mkdir -p .cache/launch
-  run git archive --format=tar.gz --prefix=avlm_jax/ --output="$archive" HEAD
+  run mkdir -p .cache/launch || return # `set -e` does not hold where this is called.
+  run git archive --format=tar.gz --prefix=avlm_jax/ --output="$archive" HEAD || return
+  packed=yes
   if [[ ! $dry_run && $(git status --porcelain --untracked-files=no) ]]; then
     say "$program: there are uncommitted changes; the run gets the last commit without them"
   fi
@@ -99,7 +103,10 @@ recreate() {
     recreations=$((recreations - 1))
     say "$program: the slices are gone; asking again ($recreations more times after this)"
     while delete || true && now=$(state) && [[ $now != GONE ]]; do sleep "$poll"; done
-    if ask && wait_active && start; then return 0; fi
+    if ask; then
+      if wait_active && start; then return 0; fi
+      if [[ $now == GONE ]]; then stop_for_deleted; fi
+    fi
     sleep "$poll"
   done
   say "$program: the slices were taken too often (--recreations); the checkpoints are in the bucket, the same command goes on"
@@ -121,6 +128,7 @@ watch() {
     return
   fi
   local doubts=0
+  if [[ -f .cache/launch/$name.tar.gz ]]; then packed=yes; fi # By the command that began this run.
   while :; do
     now=$(state)
     read_reports
@@ -156,6 +164,7 @@ finish() {
 
 # The first time, a request that is refused or fails is a mistake or a quota: asking again does not mend it.
 run_all() {
+  pack_code || exit # Before anything costs money.
   ask || exit
   if wait_active && start; then return; fi
   [[ $dry_run ]] || now=$(state)

@@ -48,6 +48,7 @@ exit codes: 0 training has finished; 1 it failed; 2 unusable arguments or config
 name="" zone="" project="" topology="" node_count=1 bucket="" spot="" reserved="" service_account=""
 network="" subnetwork="" internal_ips="" runtime_version="" recreations=50 poll=60 keep="" no_preflight=""
 parse_options "$@"
+bucket=${bucket#gs://}
 choose_action run create start watch logs stop delete
 require --name saven-2a --zone us-west4-a
 check_name
@@ -69,7 +70,6 @@ fi
 
 read_request() {
   require --topology v5e:4x4 --bucket my-bucket
-  bucket=${bucket#gs://}
   read_topology
   [[ ! ($spot && $reserved) ]] || fail "--spot and --reserved exclude each other"
   # The Cloud TPU API gets bug and security fixes alone and has no TPU7x: docs.cloud.google.com/tpu/docs/jax-pods

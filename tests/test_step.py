@@ -15,6 +15,7 @@ from avlm_jax.sharding import make_mesh
 from avlm_jax.state import TrainState, Tree, flatten, split
 from avlm_jax.step import (
     IN_FLIGHT,
+    InFlight,
     TrainStep,
     abstract_inputs,
     count_micro_batches,
@@ -153,9 +154,14 @@ def test_no_more_micro_batches_are_taken_than_may_wait(step: TrainStep, trees: t
         assert len(taken) - len(done) <= IN_FLIGHT + 1
         return gradients, Scalar(batch)
 
-    fake = TrainStep(accumulate, lambda *arguments: arguments[-2])
-    assert fake(None, None, iter(range(10)), 0.1, 9) == 8  # The last of nine goes to `finish`.
-    assert taken == list(range(8)) and done == list(range(8 - IN_FLIGHT))
+    def finish(state, frozen, gradients, totals, batch, lr):
+        accumulate(state, frozen, gradients, totals, batch)
+        return None, {"loss": Scalar(batch)}
+
+    fake, batches, in_flight = TrainStep(accumulate, finish), iter(range(20)), InFlight()
+    for step in range(2):  # They are counted from step to step.
+        fake(None, None, batches, 0.1, 9, in_flight)
+        assert taken == list(range(9 * step + 9)) and done == taken[:-IN_FLIGHT]
 
 
 def abstract(params: Tree, **changes: object) -> object:

@@ -202,8 +202,8 @@ def flops_of(setup: Setup) -> Flops:
 def memory_of(setup: Setup, program: Program | OutOfMemory) -> Memory:
     """HBM of one device by what holds it, at the worst moment of a step.
 
-    "waiting" are batches that the loop has placed ahead; "padding" is what XLA's tiles add to the arguments; "temporaries" are
-    activations, gathered parameters and all else that lives within a program.
+    "waiting" are batches that the loop has placed ahead, and those of programs that wait; "padding" is what XLA's tiles add to
+    the arguments; "temporaries" are activations, gathered parameters and all else that lives within a program.
     """
     inputs, k = setup.inputs, setup.micro_batches
     batch = bytes_per_device(inputs.batch)
@@ -213,7 +213,7 @@ def memory_of(setup: Setup, program: Program | OutOfMemory) -> Memory:
         "optimizer": bytes_per_device(inputs.state.opt_state),
         "gradients": bytes_per_device((inputs.gradients, inputs.totals)) if k > 1 else 0,
         "batch": batch,
-        "waiting": batch * (setup.config.loader.prefetch + IN_FLIGHT - 1),
+        "waiting": batch * (setup.config.loader.prefetch + IN_FLIGHT),
     }
     limit = setup.slice_.chip.hbm_bytes
     if isinstance(program, OutOfMemory):

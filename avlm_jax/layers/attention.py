@@ -98,7 +98,7 @@ def _refusal(
 
 @functools.cache
 def _log_once(message: str) -> None:
-    logger.info(message)
+    logger.warning(message)
 
 
 def reference(

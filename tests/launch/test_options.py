@@ -228,6 +228,7 @@ def test_nothing_is_rented_when_it_does_not_fit(code: int, tmp_path: Path) -> No
     stand_ins = StandIns(tmp_path)
     stand_ins.add("avlm", f"sys.exit({code})")
     stand_ins.add("gcloud", "sys.exit(9)")
+    stand_ins.add("git")
     copy = shutil.copytree(LAUNCH, tmp_path / "launch")  # A checkout without a .venv of its own.
     script = str(copy / "tpu_queued_resources.sh")
     done = subprocess.run(

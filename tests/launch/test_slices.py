@@ -55,7 +55,7 @@ if "describe" in argv or "list-instances" in argv:
     print(answer)
 elif words.startswith("storage cat") and words.endswith(".status"):
     print(following("reports"))
-elif "create" in argv and script.get("refuse"):
+elif "create" in argv and (script.get("refuse") or script.get("refuse_group") and "managed" in argv):
     sys.exit(7)
 elif "--command" in words and script.get("unreachable"):
     sys.exit(255)
@@ -114,6 +114,31 @@ def test_a_taken_slice_is_asked_for_again(cloud: StandIns) -> None:
     # Deleted until it is gone, and at the end.
     found = counts(cloud)
     assert (found["asked"], found["started"]) == (2, 2) and found["deleted"] >= 2
+    # The run goes on with the code that it began with, whatever has been committed since.
+    assert len(cloud.calls("git", "archive")) == 1
+
+
+def test_what_somebody_deletes_while_it_is_asked_for_again_is_not_rented(cloud: StandIns) -> None:
+    play(cloud, ["ACTIVE", "SUSPENDED", "NOT_FOUND", "WAITING_FOR_RESOURCES", "NOT_FOUND"], ["running 1"])
+    done = run("tpu_queued_resources.sh", *QUEUED, path=cloud.path)
+    assert done.returncode == 1 and "has been deleted" in done.stderr
+    assert counts(cloud) == {"asked": 2, "started": 1, "deleted": 1}
+
+
+def test_without_the_code_nothing_is_rented(cloud: StandIns) -> None:
+    cloud.add("git", "sys.exit(128)")
+    play(cloud, ["ACTIVE"], ["running 1"])
+    done = run("tpu_queued_resources.sh", *QUEUED, path=cloud.path)
+    assert done.returncode == 128 and counts(cloud)["asked"] == 0
+
+
+def test_a_refused_group_leaves_nothing_in_the_way_of_the_next_attempt(cloud: StandIns) -> None:
+    play(cloud, ["NOT_FOUND"], [""], refuse_group=True)
+    done = run("gce_instance_group.sh", *GROUP, path=cloud.path)
+    assert done.returncode == 7
+    for kind in ("instance-templates", "resource-policies"):
+        calls = [call for call in cloud.calls("gcloud", "compute", kind) if {"create", "delete"} & set(call)]
+        assert ["create" in call for call in calls] == [True, False]
 
 
 def test_it_does_not_ask_for_ever(cloud: StandIns) -> None:

@@ -34,10 +34,7 @@ def moved(item: Instruction, computation: Computation, module: Module) -> int:
         return 0
     if item.opcode == "copy-start":  # (destination, source, context)
         return _in_hbm(item.shapes[:2])
-    if item.opcode in (
-        "slice-start",
-        "dynamic-slice-start",
-    ):  # ((source, indices...), part, context): a prefetch.
+    if item.opcode in ("slice-start", "dynamic-slice-start"):  # ((source, indices...), part, context)
         part = item.shapes[len(item.operands)]
         return part.bytes * ((item.shapes[0].space == HBM) + (part.space == HBM))
     if item.opcode in _SLICES:

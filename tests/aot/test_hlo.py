@@ -140,6 +140,25 @@ def test_a_slice_of_a_stack_counts_as_the_slice(module: hlo.Module) -> None:
     assert moved(body["custom-call.7"], body, module) == 512 * 32 * 2 + 32
 
 
+def test_a_prefetched_slice_counts_as_the_slice() -> None:
+    """libtpu's lines: half of an array goes to the core's own memory, the other half elsewhere in HBM."""
+    module = hlo.parse(
+        """ENTRY %main (p: s8[4096], q: s32[]) -> s8[2048] {
+  %p = s8[4096]{0:T(1024)(128)(4,1)} parameter(0)
+  %q = s32[]{:T(128)} parameter(1)
+  %slice-start = ((s8[4096]{0:T(1024)}), s8[2048]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2048]}
+  %slice-done = s8[2048]{0:T(1024)S(1)} slice-done(%slice-start)
+  %dynamic-slice-start = ((s8[4096]{0:T(1024)}, s32[]{:T(128)}), s8[2048]{0:T(1024)}, s32[]{:S(2)}) dynamic-slice-start(%p, %q)
+  ROOT %dynamic-slice-done = s8[2048]{0:T(1024)} dynamic-slice-done(%dynamic-slice-start)
+}
+"""
+    )
+    main = module.computations["main"]
+    assert moved(main["slice-start"], main, module) == 2048
+    assert moved(main["dynamic-slice-start"], main, module) == 2 * 2048
+    assert moved(main["slice-done"], main, module) == moved(main["dynamic-slice-done"], main, module) == 0
+
+
 def test_traffic_counts_loops_as_often_as_they_run(module: hlo.Module) -> None:
     once = {name: sum(moved(i, c, module) for i in c.values()) for name, c in module.computations.items()}
     expected = sum(times * once[name] for name, times in module.runs.items())

@@ -28,8 +28,7 @@ read_topology() {
 }
 
 # The code of the last commit as an archive that unpacks to avlm_jax/. Uncommitted changes are not part of a run that one wants
-# to repeat.
-# A run that is continued gets the code that it began with, whatever has been committed since.
+# to repeat, and one that is continued gets the code that it began with, whatever has been committed since.
 packed=""
 pack_code() {
   archive=.cache/launch/$name.tar.gz

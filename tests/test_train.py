@@ -20,10 +20,10 @@ import pytest
 from avlm_jax import cli, lineage, train
 from avlm_jax.assembly import assemble, check_weights
 from avlm_jax.backbones.make import hf_config
-from avlm_jax.checkpoints.stage_result import TREE_FILE, load_tree
+from avlm_jax.checkpoints.stage_result import CONFIG_FILE, TREE_FILE, load_tree
 from avlm_jax.config import ConfigError, config_from_json, config_to_json, load_config, to_dataclass
 from avlm_jax.generate import load_model
-from avlm_jax.lineage import load_parent
+from avlm_jax.lineage import check_same_config, load_parent
 from avlm_jax.lora import is_lora, merge_kernel, retire, retired_updates
 from avlm_jax.monitoring.meter import TIMED
 from avlm_jax.monitoring.run_record import RUNS_FILE
@@ -522,6 +522,16 @@ def test_what_does_not_change_a_result_may_be_changed(run: Run, capsys: pytest.C
     others = ("stage.1a.rows_per_device=1", "mesh.data=1", "max_lost_minutes=1.0", "max_nonfinite=1")
     assert cli.main(run.command(run.workdir, *free, *others)) == 0
     assert capsys.readouterr().out.count("finished before") == len(STEPS)
+
+
+def test_a_run_from_before_a_key_had_its_name_may_go_on(run: Run) -> None:
+    made_by = json.loads((run.workdir / "1a" / "final" / CONFIG_FILE).read_text())
+    config = config_from_json(json.dumps(made_by))
+    for key in ("max_lost_steps", "max_lost_minutes"):
+        del made_by[key]
+    check_same_config(config, "1a", made_by | {"save_every": 200, "save_minutes": 10.0}, run.workdir)
+    with pytest.raises(ConfigError, match="seed"):
+        check_same_config(config, "1a", made_by | {"seed": config.seed + 1}, run.workdir)
 
 
 def test_a_bucket_is_no_working_directory(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

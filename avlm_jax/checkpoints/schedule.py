@@ -36,9 +36,8 @@ class SaveSchedule:
         self._look_every, self._total, self._clock = look_every, total, clock
         self._looked = self._saved = clock()
         self._looked_after = start
-        self._at = self._stride = (
-            0  # The next step to save for the time's sake, and how many then lie between two.
-        )
+        # The next step to save for the time's sake, and how many then lie between two.
+        self._at = self._stride = 0
 
     def due(self, number: int) -> bool:
         """Whether to save after step `number`."""
